@@ -1,0 +1,299 @@
+"""first@tau: when a run first reached a target, on every axis of cost; the clock behind it; metrics.csv, summary.json.
+
+Nothing here knows the task, the model or the framework: rows of plain numbers go in, files and crossings come out.
+"""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+AXES = ("epoch", "update", "samples", "train_seconds", "total_seconds", "pflops")
+TRACKER_AXES = ("epoch", "train_seconds", "pflops")  # the x-axes that curves are drawn over in a dashboard
+COLUMNS = (
+    *("epoch", "update", "samples", "train_seconds", "total_seconds", "teacher_seconds", "pflops", "lr"),
+    *("kd_weight", "kd_temperature", "kd_active", "train_loss", "task_loss", "kd_loss"),
+)
+
+
+def reaches(value: float | None, target: float, mode: str) -> bool:
+    """Whether a metric value is at the target or beyond; a missing or NaN value never is."""
+    if value is None or math.isnan(value):
+        return False
+    return value >= target if mode == "max" else value <= target
+
+
+def crossings(rows: list[dict], metric: str, target: float, mode: str = "max") -> tuple[dict | None, dict | None]:
+    """first@tau and confirmed first@tau of a run.
+
+    Rows are taken in the order of `update`; of rows with the same update the last one counts. A missing or NaN metric
+    is an evaluation that did not reach the target.
+
+    Args:
+        rows: one dict an evaluation, with `update`, the metric and any of `AXES`.
+        metric: the column to look at.
+        target: tau.
+        mode: "max" (`>=`) or "min" (`<=`).
+
+    Returns:
+        (first, confirmed), each `{"value": metric, **axes}` or None. Confirmed is the first of two evaluations in a
+        row that reach the target.
+    """
+    ordered = [row for _, row in sorted({row["update"]: row for row in rows}.items())]
+    reached = [reaches(row.get(metric), target, mode) for row in ordered]
+    first = next((i for i, hit in enumerate(reached) if hit), None)
+    confirmed = next((i for i in range(len(reached) - 1) if reached[i] and reached[i + 1]), None)
+    return tuple(
+        None if i is None else {"value": ordered[i][metric], **{a: ordered[i][a] for a in AXES if a in ordered[i]}}
+        for i in (first, confirmed)
+    )
+
+
+def best_value(rows: list[dict], metric: str, mode: str) -> float | None:
+    """The best finite value of a metric over the rows, None if there is none."""
+    values = [row[metric] for row in rows if row.get(metric) is not None and math.isfinite(row[metric])]
+    return (max if mode == "max" else min)(values, default=None)
+
+
+def target_key(target: float) -> str:
+    """How a target is written as a key: 65 and 65.0 are both "65"."""
+    return f"{target:.10g}"
+
+
+class Clock:
+    """Train seconds (pausable), total seconds and teacher seconds of a run; its state survives a resume.
+
+    Args:
+        sync: called before each reading of a boundary of train time, so that queued device work is counted where it
+            belongs (`torch.cuda.synchronize`).
+        now: a monotonic clock in seconds.
+    """
+
+    def __init__(self, sync: Callable[[], None] = lambda: None, now: Callable[[], float] = time.perf_counter) -> None:
+        self.sync, self.now = sync, now
+        self.teacher_seconds = 0.0
+        self._train, self._total = 0.0, 0.0
+        self._created = now()
+        self._started: float | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether train time is being counted."""
+        return self._started is not None
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds between `start` and `pause`, summed."""
+        return self._train + (self.now() - self._started if self.running else 0.0)
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds since the run began, evaluations and start-up included, time between two processes excluded."""
+        return self._total + self.now() - self._created
+
+    def start(self) -> None:
+        """Begin or continue to count train time."""
+        if not self.running:
+            self.sync()
+            self._started = self.now()
+
+    def pause(self) -> None:
+        """Stop counting train time."""
+        if self.running:
+            self.sync()
+            self._train, self._started = self.train_seconds, None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave a block (an evaluation, a checkpoint) out of train time; a paused clock stays paused after it."""
+        was_running = self.running
+        self.pause()
+        try:
+            yield
+        finally:
+            if was_running:
+                self.start()
+
+    def state_dict(self) -> dict:
+        """The three sums as of now."""
+        return {"train": self.train_seconds, "total": self.total_seconds, "teacher": self.teacher_seconds}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from the sums of an earlier process."""
+        self._train, self._total, self.teacher_seconds = state["train"], state["total"], state["teacher"]
+
+
+class RunRecord:
+    """The rows of a run and what follows from them: metrics.csv, summary.json, crossings, tracker values.
+
+    Everything but the rows is derived, so a resumed run continues by handing back the rows of its checkpoint.
+
+    Args:
+        folder: the run folder, or None to keep nothing (other ranks, a dry run).
+        metric: the reported metric that targets and `best` speak of.
+        mode: "max" or "min".
+        targets: tau values fixed before the run.
+        reported: names of all reported metrics, `metric` among them; `switch_<metric>` is added.
+        facts: everything else that summary.json holds (task, name, seed, teacher, environment, ...).
+        log: called with (values, update) after each row, for trackers.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        metric: str,
+        mode: str,
+        targets: list[float],
+        reported: tuple[str, ...],
+        facts: dict,
+        log: Callable[[dict, int], None] | None = None,
+    ) -> None:
+        self.folder, self.metric, self.mode, self.targets, self.facts, self.log = (
+            folder, metric, mode, targets, facts, log,
+        )  # fmt: skip
+        self.columns = (*COLUMNS, *reported, f"switch_{metric}")
+        self.rows: list[dict] = []
+
+    def add(self, **row: float | None) -> bool:
+        """Append one evaluation and write it down; a repeated update replaces the row before it.
+
+        Returns:
+            Whether the metric is the best so far (the first of equals).
+
+        Raises:
+            ValueError: the row is out of order or has an unknown column.
+        """
+        if unknown := set(row) - set(self.columns):
+            raise ValueError(f"unknown columns {sorted(unknown)}")
+        if self.rows and row["update"] < self.rows[-1]["update"]:
+            raise ValueError(f"evaluation at update {row['update']} comes after {self.rows[-1]['update']}")
+        repeated = bool(self.rows) and row["update"] == self.rows[-1]["update"]
+        if repeated:
+            self.rows.pop()
+        before = best_value(self.rows, self.metric, self.mode)
+        self.rows.append(row)
+        value = best_value([row], self.metric, self.mode)
+        is_best = value is not None and (before is None or (value > before if self.mode == "max" else value < before))
+        if self.folder:
+            if repeated:
+                self.rewrite()
+            else:
+                self._append(row)
+            self.write_summary()
+        if self.log:
+            self.log(self.tracker_values(row), row["update"])
+        return is_best
+
+    def rewrite(self, rows: list[dict] | None = None) -> None:
+        """Write metrics.csv anew, from the rows of a checkpoint where given: later and half-written lines go."""
+        if rows is not None:
+            self.rows = list(rows)
+        if self.folder:
+            with replacing(self.folder / "metrics.csv") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(self.columns)
+                writer.writerows([_cell(row.get(c)) for c in self.columns] for row in self.rows)
+
+    def _append(self, row: dict) -> None:
+        if not (self.folder / "metrics.csv").exists():
+            self.rewrite()
+            return
+        with open(self.folder / "metrics.csv", "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([_cell(row.get(c)) for c in self.columns])
+            file.flush()
+            os.fsync(file.fileno())
+
+    def summary(self) -> dict:
+        """What summary.json holds."""
+        targets = {}
+        for target in self.targets:
+            first, confirmed = crossings(self.rows, self.metric, target, self.mode)
+            targets[target_key(target)] = {"first": first, "confirmed": confirmed}
+        return {
+            **self.facts,
+            "metric": self.metric,
+            "mode": self.mode,
+            "best": best_value(self.rows, self.metric, self.mode),
+            "last": self.rows[-1].get(self.metric) if self.rows else None,
+            "targets": targets,
+        }
+
+    def write_summary(self, **facts: object) -> None:
+        """Update the facts and write summary.json; complete or as it was before."""
+        self.facts.update(facts)
+        if self.folder:
+            with replacing(self.folder / "summary.json") as file:
+                json.dump(_finite(self.summary()), file, indent=2, allow_nan=False)
+                file.write("\n")
+
+    def tracker_values(self, row: dict) -> dict:
+        """A row as tracker scalars: `eval/NAME`, and the metrics again under one prefix for each other x-axis."""
+        known = {k: v for k, v in row.items() if v is not None}
+        metrics = {k: v for k, v in known.items() if k not in COLUMNS}
+        values = {axis: known[axis] for axis in TRACKER_AXES if axis in known}
+        values |= {f"eval/{k}": v for k, v in known.items() if k not in TRACKER_AXES}
+        for axis in TRACKER_AXES[1:]:
+            values |= {f"by_{axis}/{k}": v for k, v in metrics.items()}
+        return values
+
+    def tracker_summary(self) -> dict:
+        """Final values of a run for a tracker's summary: best, last, crossings on each axis (absent if censored)."""
+        summary = self.summary()
+        values = {"best": summary["best"], "last": summary["last"]}
+        for tau, kinds in summary["targets"].items():
+            for kind, crossing in kinds.items():
+                values |= {f"{kind}@{tau}/{axis}": v for axis, v in (crossing or {}).items()}
+        return {k: v for k, v in values.items() if v is not None}
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.csv: floats, None for an empty cell.
+
+    Raises:
+        ValueError: a line has another number of cells than the header, or a cell is no number; the line is named.
+    """
+    with open(path, newline="") as file:
+        lines = list(csv.reader(file))
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    header, rows = lines[0], []
+    if "update" not in header:
+        raise ValueError(f"{path} line 1: no column 'update' in the header")
+    for number, line in enumerate(lines[1:], start=2):
+        if len(line) != len(header):
+            raise ValueError(f"{path} line {number}: {len(line)} cells where the header has {len(header)}")
+        try:
+            rows.append({name: float(cell) if cell else None for name, cell in zip(header, line, strict=True)})
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: {error}") from None
+        if rows[-1]["update"] is None:
+            raise ValueError(f"{path} line {number}: no update")
+    return rows
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator:
+    """Open a text file that takes the place of `path` only once it is written whole and on disk."""
+    beside = path.with_name(path.name + ".partial")
+    with open(beside, "w", newline="") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else repr(value)  # repr round-trips a float exactly
+
+
+def _finite(value: object) -> object:
+    """JSON knows no NaN or infinity: null instead."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,73 @@
+"""The distillation terms: forward Kullback-Leibler divergences, teacher first. Pure functions of tensors.
+
+The teacher is the reference distribution and gets no gradient. Logits are cast to float32 before any softmax or log,
+and every term carries the factor T^2 of Hinton et al. 2015 (arXiv 1503.02531), so that its gradient keeps its scale
+when the temperature changes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kl_softmax(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """`T^2 * KL(softmax(z_t / T) || softmax(z_s / T))`, the mean over all but the last dimension.
+
+    Args:
+        student_logits: (..., classes), any float type.
+        teacher_logits: the same shape; detached here.
+        temperature: T > 0, softens both distributions.
+
+    Returns:
+        A float32 scalar, 0 when both sides agree. Its gradient with respect to `student_logits` is
+        `T * (softmax(z_s / T) - softmax(z_t / T)) / N` with N distributions in the batch.
+
+    Raises:
+        ValueError: the shapes differ or T is not positive.
+    """
+    _check(student_logits, teacher_logits, temperature)
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1).flatten(0, -2)
+    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1).flatten(0, -2)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def kl_sigmoid(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    """`T^2 * KL(Bernoulli(sigmoid(z_t / T)) || Bernoulli(sigmoid(z_s / T)))` of every logit, for dense detector heads.
+
+    Args:
+        student_logits: (...), one independent yes/no each, any float type.
+        teacher_logits: the same shape; detached here.
+        temperature: T > 0, softens both distributions.
+        weight: non-negative, broadcast against the logits; the result is then the weighted sum divided by the sum of
+            the broadcast weights (0 where all weights are 0). Without it: the mean.
+
+    Returns:
+        A float32 scalar, 0 when both sides agree.
+
+    Raises:
+        ValueError: the shapes differ or T is not positive.
+    """
+    _check(student_logits, teacher_logits, temperature)
+    student = student_logits.float() / temperature
+    teacher = teacher_logits.detach().float() / temperature
+    p = teacher.sigmoid()
+    # log(p/q) and log((1-p)/(1-q)) through logsigmoid: finite however sure either side is
+    on = F.logsigmoid(teacher) - F.logsigmoid(student)
+    off = F.logsigmoid(-teacher) - F.logsigmoid(-student)
+    divergence = p * on + (1 - p) * off
+    if weight is None:
+        return divergence.mean() * temperature**2
+    weight = weight.detach().float().expand_as(divergence)
+    total = weight.sum()
+    return (divergence * weight).sum() / total.clamp_min(torch.finfo(total.dtype).tiny) * temperature**2
+
+
+def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student and teacher logits differ in shape: {tuple(student_logits.shape)}, {tuple(teacher_logits.shape)}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")

@@ -1,0 +1,246 @@
+"""Command-line options shared by the scripts, and recipes: YAML files that hold the same options.
+
+`-c recipe.yaml` first, the command line over it. A recipe goes through the same parser as the command line, so an
+unknown key or a value of the wrong type is refused just the same.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from timm.utils import ParseKwargs
+
+from w2s.schedule import EarlyPhase
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message is one line: what is wrong and what to do. Exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are `InputError`s and that reads recipes."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.add_argument("-c", "--config", metavar="FILE", help="YAML recipe; the command line overrides it")
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+    def parse_recipe(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse a command line and the recipe it names.
+
+        Raises:
+            InputError: unknown option or key, wrong type, unreadable recipe.
+        """
+        config = self.parse_args(argv).config
+        if not config:
+            return self.parse_args(argv)
+        tokens = self._recipe_tokens(Path(config))
+        try:
+            self.parse_args(tokens)
+        except InputError as error:
+            raise InputError(f"{config}: {error}") from None
+        return self.parse_args(tokens + list(sys.argv[1:] if argv is None else argv))
+
+    def _recipe_tokens(self, path: Path) -> list[str]:
+        try:
+            recipe = yaml.safe_load(path.read_text()) or {}
+        except OSError as error:
+            raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(recipe, dict):
+            raise InputError(f"{path} must be a mapping of options, not a {type(recipe).__name__}")
+        actions = {option[2:]: action for option, action in self._option_string_actions.items() if option[:2] == "--"}
+        tokens = []
+        for key, value in recipe.items():
+            option = str(key).replace("_", "-")
+            action = actions.get(option)
+            if action is None or option in ("config", "help") or option.startswith("no-"):
+                close = difflib.get_close_matches(option, actions, n=1)
+                raise InputError(f"{path}: unknown key '{key}'" + (f", did you mean '{close[0]}'?" if close else ""))
+            tokens += _tokens(path, key, action, value)
+        return tokens
+
+
+def _tokens(path: Path, key: str, action: argparse.Action, value: object) -> list[str]:
+    """One recipe entry as command-line words."""
+    option = action.option_strings[0] if len(action.option_strings) == 1 else f"--{action.dest.replace('_', '-')}"
+    if value is None:
+        return []
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise InputError(f"{path}: '{key}' must be true or false, got {value!r}")
+        return [option if value else f"--no-{option[2:]}"]
+    if isinstance(action, ParseKwargs):
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: '{key}' must be a mapping of NAME: VALUE, got {value!r}")
+        return [option, *(f"{name}={item!r}" for name, item in value.items())]
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and action.nargs is None:
+        raise InputError(f"{path}: '{key}' takes one value, got the list {value!r}")
+    if any(isinstance(item, bool | dict | list) for item in values):
+        raise InputError(f"{path}: '{key}' has a value of the wrong type: {value!r}")
+    return [option, *map(str, values)] if action.nargs is not None else [f"{option}={values[0]}"]
+
+
+def add_switch(group: argparse._ArgumentGroup, name: str, help: str) -> None:
+    """A yes/no option `--name` that `--no-name` takes back."""
+    group.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=help)
+
+
+def add_run_options(parser: Parser) -> None:
+    """Where a run lives, how it starts, resumes and is watched."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output", metavar="DIR", default="output", help="folder of all runs (default: output)")
+    group.add_argument("--name", help="folder of this run in --output (default: recipe or model, and the seed)")
+    group.add_argument("--seed", type=int, default=0, help="weights, data order, augmentation (default: 0)")
+    group.add_argument(
+        "--target", nargs="+", default=[], metavar="TAU", help="metric values to time, fixed before the run: 65 80"
+    )
+    group.add_argument("--resume", metavar="auto|PATH", help="auto: go on from the newest complete checkpoint, if any")
+    add_switch(group, "--dry-run", "a few updates and one evaluation; nothing is kept")
+    add_switch(group, "--eval-only", "evaluate --initial-checkpoint, --pretrained or the run's own model, and exit")
+    group.add_argument("--checkpoint-hist", type=positive_int, default=2, metavar="N", help="checkpoints kept (2)")
+    group.add_argument(
+        "--recovery-interval", type=int, default=0, metavar="N", help="also save every N updates (0: at evaluations)"
+    )
+    group.add_argument("--log-interval", type=positive_int, default=50, metavar="N", help="updates between log lines")
+    group.add_argument("--log-with", choices=["wandb", "tensorboard", "all"], help="trackers beside metrics.csv")
+    group.add_argument("--project", default="w2s", help="tracker project (default: w2s)")
+
+
+def add_kd_options(parser: Parser, unit: str = "epochs") -> None:
+    """The method: the teacher and its early phase."""
+    group = parser.add_argument_group("distillation (off without --teacher)")
+    group.add_argument(
+        "--teacher",
+        metavar="RUN_OR_FILE",
+        help="a run folder, .safetensors/.pth file (with --teacher-model), timm name, hf-hub:NAME or local-dir:FOLDER",
+    )
+    group.add_argument("--teacher-model", metavar="NAME", help="timm architecture of a --teacher file")
+    group.add_argument("--teacher-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="its kwargs")
+    group.add_argument(
+        "--teacher-score", type=float, metavar="X", help="its known held-out metric, if it saw the switch split"
+    )
+    group.add_argument("--kd-weight", type=not_negative, default=3.0, help="plateau of lambda (default: 3)")
+    group.add_argument("--kd-warmup", type=not_negative, help=f"{unit} from 0 to the plateau (default: 5%% of the run)")
+    group.add_argument("--kd-hold", type=not_negative, help=f"{unit} on the plateau (default: 55%% of the run)")
+    group.add_argument("--kd-decay", type=not_negative, help=f"{unit} back to 0 (default: 20%% of the run)")
+    group.add_argument(
+        "--kd-temperature", type=float, nargs="+", default=[6.0, 1.0], metavar="T", help="START [END] (default: 6 1)"
+    )
+    group.add_argument("--kd-patience", type=positive_int, default=2, help="evaluations in a row to win (default: 2)")
+    group.add_argument(
+        "--kd-off", type=_kd_off, default="surpass", metavar="WHEN", help=f"surpass, never, or a number of {unit}"
+    )
+    group.add_argument(
+        "--switch-split",
+        default="0.02",
+        metavar="F",
+        help="share of the training data held out for the switch-off, or a split name for streams (default: 0.02)",
+    )
+    group.add_argument("--switch-seed", type=int, default=0, help="which slice (default: 0); the same in all arms")
+
+
+def add_optimizer_options(parser: Parser) -> None:
+    """timm's optimiser and schedule options, under timm's names. The schedule runs on updates."""
+    group = parser.add_argument_group("optimiser and schedule (timm)")
+    group.add_argument("--opt", default="sgd", metavar="NAME", help="any timm optimiser (default: sgd)")
+    group.add_argument("--opt-eps", type=float)
+    group.add_argument("--opt-betas", type=float, nargs="+")
+    group.add_argument("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
+    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--weight-decay", type=float, default=2e-5)
+    group.add_argument("--layer-decay", type=float)
+    group.add_argument("--clip-grad", type=float, metavar="X", help="gradient clipping (default: none)")
+    group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm")
+    group.add_argument("--lr", type=float, help="overrides --lr-base")
+    group.add_argument("--lr-base", type=float, default=0.1, help="lr = lr-base * global batch / lr-base-size")
+    group.add_argument("--lr-base-size", type=positive_int, default=256)
+    group.add_argument("--lr-base-scale", choices=["linear", "sqrt"], help="default: sqrt for Adam and LAMB kinds")
+    group.add_argument("--sched", default="cosine", help="timm schedule, on updates (default: cosine)")
+    group.add_argument("--warmup-epochs", type=not_negative, default=0)
+    group.add_argument("--warmup-lr", type=float, default=1e-5)
+    group.add_argument("--min-lr", type=float, default=0.0)
+    group.add_argument("--decay-epochs", type=float, default=30)
+    group.add_argument("--decay-milestones", type=float, nargs="+", default=[30, 60])
+    group.add_argument("--decay-rate", type=float, default=0.1)
+
+
+def early_phase(args: argparse.Namespace, length: float, mode: str) -> EarlyPhase:
+    """The EarlyPhase of a run of `length` epochs (or updates); fills in the default window.
+
+    Raises:
+        InputError: the window is longer than the run, or an option is out of range.
+    """
+    for name, share in (("kd_warmup", 0.05), ("kd_hold", 0.55), ("kd_decay", 0.2)):
+        if getattr(args, name) is None:
+            setattr(args, name, share * length)
+    if len(args.kd_temperature) > 2:
+        raise InputError(f"--kd-temperature takes START and END, got {len(args.kd_temperature)} values")
+    window = args.kd_warmup + args.kd_hold + args.kd_decay
+    if args.kd_off != "never" and window > length * (1 + 1e-9):
+        raise InputError(
+            f"the distillation window of {window:g} (--kd-warmup {args.kd_warmup:g} + --kd-hold {args.kd_hold:g} + "
+            f"--kd-decay {args.kd_decay:g}) is longer than the run of {length:g}; shorten it"
+        )
+    try:
+        return EarlyPhase(
+            weight=args.kd_weight,
+            warmup=args.kd_warmup,
+            hold=args.kd_hold,
+            decay=args.kd_decay,
+            temperature=(args.kd_temperature[0], args.kd_temperature[-1]),
+            patience=args.kd_patience,
+            mode=mode,
+            off=args.kd_off,
+        )
+    except ValueError as error:
+        raise InputError(f"distillation schedule: {error}") from None
+
+
+def parse_targets(values: list[str], metric: str, low: float, high: float) -> list[float]:
+    """`["65", "top1=80"]` as numbers.
+
+    Raises:
+        InputError: no number, another metric's name, or outside (low, high].
+    """
+    targets = []
+    for value in values:
+        name, _, number = value.rpartition("=")
+        if name and name != metric:
+            raise InputError(f"--target {value}: the reported metric of this run is {metric}")
+        try:
+            targets.append(float(number))
+        except ValueError:
+            raise InputError(f"--target {value}: not a number") from None
+        if not low < targets[-1] <= high:
+            raise InputError(f"--target {value}: {metric} lies above {low:g} and up to {high:g}")
+    return targets
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: 1, 2, 3, ..."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """An argparse type: a number from 0 up."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def _kd_off(text: str) -> str | float:
+    return text if text in ("surpass", "never") else not_negative(text)

@@ -1,0 +1,445 @@
+"""What every script does the same way: processes, seeds, folders, logs, checkpoints, preemption, exit codes."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import timm
+import torch
+import yaml
+from accelerate.utils import ProjectConfiguration, broadcast
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from w2s.crossing import TRACKER_AXES, Clock, RunRecord, replacing
+from w2s.data import mix_seed
+from w2s.options import InputError
+
+# options that may change when a run is resumed: they do not change what it computes
+FREE_OPTIONS = (
+    *("config", "output", "name", "resume", "dry_run", "eval_only", "log_with", "project", "log_interval"),
+    *("checkpoint_hist", "recovery_interval", "workers", "check_images"),
+)
+
+
+class NonFiniteLoss(Exception):
+    """The loss became NaN or infinite. Exit code 3."""
+
+
+class Preempted(Exception):
+    """SIGTERM or SIGINT; the run is saved. Exit code 75."""
+
+
+class Finished(Exception):
+    """The run to resume is already complete. Exit code 0."""
+
+
+def call_main(main: Callable[[], None]) -> None:
+    """Run a script's main and exit: 0 done, 2 bad input, 3 non-finite loss, 75 preempted and saved."""
+    codes = {InputError: 2, NonFiniteLoss: 3, Preempted: 75, Finished: 0}
+    try:
+        main()
+        code = 0
+    except tuple(codes) as error:
+        code = codes[type(error)]
+        # an error of a loader's worker comes back with the worker's traceback in front
+        message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        if int(os.environ.get("RANK", 0)) == 0 or (code == 2 and "DataLoader worker" in str(error)):
+            sys.stdout.flush()
+            print(f"{'' if code in (0, 75) else 'error: '}{message}", file=sys.stderr, flush=True)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if code in (0, 75):
+            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
+
+
+class Run:
+    """One run: its accelerator, its folder and its place in time.
+
+    Making one creates nothing on disk; `open` does, once everything the user gave has been checked.
+
+    Args:
+        args: resolved options.
+        task: "cls", "det" or "diffusion".
+
+    Raises:
+        InputError: the folder cannot be written or holds something else, `--resume` finds nothing, a tracker is missing.
+        Finished: `--resume` of a complete run.
+    """
+
+    def __init__(self, args, task: str) -> None:
+        self.args, self.task = args, task
+        self.name = args.name
+        self.keeps = not (args.dry_run or args.eval_only)
+        self.folder = Path(args.output) / args.name
+        trackers = _check_trackers(args.log_with) if self.keeps else None
+        logging.getLogger("accelerate").setLevel(logging.WARNING)
+        self.accelerator = accelerate.Accelerator(
+            log_with=trackers,
+            project_config=ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "tensorboard")),
+        )
+        self.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
+        self.state: dict | None = None  # of the checkpoint to continue from
+        self.checkpoint: Path | None = None
+        self.tracker_id = uuid.uuid4().hex[:8]
+        self.record: RunRecord | None = None
+        self._log_file, self._lines = None, []
+        self._signal, self._bad = None, torch.zeros((), device=self.device)
+        if self.keeps:
+            self._locate()
+
+    # ---- where the run lives ----
+
+    def _locate(self) -> None:
+        resume = self.args.resume
+        if resume and resume != "auto":
+            self.checkpoint = Path(resume)
+            self.state = read_state(self.checkpoint)
+            self._same_options(self.state["args"], str(self.checkpoint))
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            if not (self.folder / "args.yaml").is_file():
+                raise InputError(f"{self.folder} is not empty and holds no run; choose another --name or --output")
+            if not resume:
+                raise InputError(f"{self.folder} already holds a run; go on with --resume auto or choose another --name")
+            self._same_options(yaml.safe_load((self.folder / "args.yaml").read_text()), str(self.folder))
+            if _read_json(self.folder / "summary.json").get("status") == "finished":
+                raise Finished(f"{self.folder} is already finished")
+            self._newest_checkpoint()
+        if self.state and self.state["processes"] != self.accelerator.num_processes:
+            raise InputError(
+                f"{self.checkpoint} was written by {self.state['processes']} processes, this launch has "
+                f"{self.accelerator.num_processes}: resume with the same number"
+            )
+        _check_writable(self.folder)
+
+    def _newest_checkpoint(self) -> None:
+        for path in sorted((self.folder / "checkpoints").glob("update-*"), reverse=True):
+            try:
+                self.checkpoint, self.state = path, read_state(path)
+                return
+            except InputError as error:
+                self.log(f"warning: {error}; trying the one before")
+        self.checkpoint = self.state = None
+
+    def _same_options(self, there: dict, where: str) -> None:
+        here = _plain(vars(self.args))
+        different = [k for k in here if k not in FREE_OPTIONS and here[k] != there.get(k)]
+        if different:
+            k = different[0]
+            raise InputError(
+                f"{where} holds a different run: --{k.replace('_', '-')} is {there.get(k)!r} there and {here[k]!r} here"
+                + (f" ({len(different)} options differ)" if len(different) > 1 else "")
+            )
+
+    def open(self, record: Callable[..., RunRecord], **facts: object) -> None:
+        """Create the folder, write args.yaml, start the log, the trackers, the signals and the record.
+
+        Args:
+            record: makes the RunRecord from (folder, facts, log).
+            facts: what summary.json shall hold beside the metrics.
+        """
+        accelerator = self.accelerator
+        accelerator.wait_for_everyone()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        facts = {
+            "task": self.task,
+            "name": self.name,
+            "status": "running",
+            "seed": self.args.seed,
+            "environment": environment(accelerator),
+            **facts,
+        }
+        writes = self.keeps and self.is_main
+        if writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / "args.yaml") as file:
+                yaml.safe_dump(_plain(vars(self.args)), file, sort_keys=True)
+            self._log_file = open(self.folder / "log.txt", "a")  # noqa: SIM115 - lives as long as the run
+            self._log_file.writelines(f"{line}\n" for line in self._lines)
+            self._log_file.flush()
+        if self.state:
+            self.clock.load_state_dict(self.state["clock"])
+            self.tracker_id = self.state["tracker_id"]
+        if self.keeps:
+            self._start_trackers()
+        self.record = record(self.folder if writes else None, facts, accelerator.log if accelerator.trackers else None)
+        self.record.rewrite(self.state["rows"] if self.state else None)
+        self.record.write_summary()
+
+    def log(self, message: str) -> None:
+        """A line to the terminal and log.txt, from the main process only."""
+        if not self.is_main:
+            return
+        from tqdm import tqdm
+
+        tqdm.write(message, file=sys.stderr)
+        if self._log_file:
+            self._log_file.write(f"{message}\n")
+            self._log_file.flush()
+        else:
+            self._lines.append(message)
+
+    def _start_trackers(self) -> None:
+        if not self.accelerator.log_with:
+            return
+        config = {
+            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in _plain(vars(self.args)).items()
+        }
+        wandb_options = {"name": self.name, "id": self.tracker_id, "resume": "allow", "dir": str(self.folder)}
+        self.accelerator.init_trackers(self.args.project, config, {"wandb": wandb_options})
+        if self.is_main and "wandb" in [tracker.name for tracker in self.accelerator.trackers]:
+            board = self.accelerator.get_tracker("wandb", unwrap=True)
+            for axis in TRACKER_AXES:
+                board.define_metric(axis, hidden=True)
+                board.define_metric("eval/*" if axis == "epoch" else f"by_{axis}/*", step_metric=axis)
+
+    # ---- randomness and decisions ----
+
+    def seed(self) -> None:
+        """Seed all generators alike on all processes, before a model is built."""
+        accelerate.utils.set_seed(self.args.seed)
+
+    def seed_update(self, update: int) -> None:
+        """Make the randomness of an update (dropout, mixup, noise) a function of (seed, update, process) alone."""
+        seed = mix_seed(self.args.seed, update, self.accelerator.process_index)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._signal = number
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def should_stop(self, update: int, loss: torch.Tensor | None = None, now: bool = False) -> bool:
+        """Whether a signal asks the run to stop; all processes get the same answer after the same update.
+
+        The loss is looked at on the way. Waiting for a GPU after every update would slow it down, so there the question
+        is put every 10 updates, and `now` (before an evaluation or checkpoint).
+
+        Raises:
+            NonFiniteLoss: on all processes, if the loss of any of them was not finite.
+        """
+        if loss is not None:
+            self._bad += ~torch.isfinite(loss.detach())
+        if not now and self.device.type != "cpu" and update % 10:
+            return False
+        flags = torch.stack([self._bad, torch.full_like(self._bad, float(self._signal is not None))])
+        bad, stop = self.accelerator.reduce(flags, "sum").tolist()
+        if bad:
+            if self.record:
+                self.record.write_summary(status="failed")
+            kept = self.newest_kept()
+            raise NonFiniteLoss(
+                f"the loss is not finite at update {update}; try a lower --lr, --clip-grad or bf16. "
+                + (f"The last good checkpoint is {kept}" if kept else "No checkpoint had been written")
+            )
+        return stop > 0
+
+    def newest_kept(self) -> Path | None:
+        """The newest checkpoint folder of this run, if any."""
+        return max((self.folder / "checkpoints").glob("update-*"), default=None) if self.keeps else None
+
+    @contextlib.contextmanager
+    def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Leave gradients unsynchronised but for the last micro-batch of an update."""
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            yield
+
+    def mean(self, values: torch.Tensor) -> list[float]:
+        """The mean of a tensor over all processes, as floats."""
+        return self.accelerator.reduce(values, "mean").tolist()
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the BatchNorm statistics of the first: each has seen its own batches."""
+        if self.accelerator.num_processes > 1:
+            for buffer in model.buffers():
+                buffer.copy_(broadcast(buffer))
+
+    # ---- checkpoints ----
+
+    def save(self, update: int, ema: nn.Module | None, **state: object) -> None:
+        """Write checkpoints/update-N, complete or not at all, then drop the oldest beyond --checkpoint-hist.
+
+        Called by all processes. Holds the student, optimiser, scaler and EMA, and `state` in state.json, which is
+        written last and lists every file with its size.
+        """
+        if not self.keeps:
+            return
+        accelerator = self.accelerator
+        root = self.folder / "checkpoints"
+        final, beside = root / f"update-{update:08d}", root / f".update-{update:08d}.partial"
+        if self.is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(beside))
+        accelerator.wait_for_everyone()
+        if self.is_main:
+            if ema is not None:
+                save_file(ema.module.state_dict(), beside / "ema.safetensors")
+            state |= {
+                "update": update,
+                "clock": self.clock.state_dict(),
+                "rows": self.record.rows,
+                "tracker_id": self.tracker_id,
+                "processes": accelerator.num_processes,
+                "args": _plain(vars(self.args)),
+                "files": {str(p.relative_to(beside)): p.stat().st_size for p in beside.rglob("*") if p.is_file()},
+            }
+            (beside / "state.json").write_text(json.dumps(state))
+            for path in [*beside.rglob("*"), beside]:
+                _fsync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            beside.rename(final)
+            _fsync(root)
+            for old in sorted(root.glob("update-*"))[: -self.args.checkpoint_hist]:
+                shutil.rmtree(old, ignore_errors=True)
+        accelerator.wait_for_everyone()
+
+    def load(self, ema: nn.Module | None) -> None:
+        """Bring the prepared student, optimiser and EMA to the checkpoint that was found.
+
+        Raises:
+            InputError: the checkpoint does not fit this model.
+        """
+        try:
+            self.accelerator.load_state(str(self.checkpoint))
+            if ema is not None:
+                ema.module.load_state_dict(load_file(self.checkpoint / "ema.safetensors"))
+        except (RuntimeError, OSError, KeyError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [""])[-1][:200]
+            raise InputError(f"cannot load checkpoint {self.checkpoint}: {reason}") from None
+        self.log(f"resumed from {self.checkpoint}")
+
+    def finish(self, status: str) -> None:
+        """Write the final status, close trackers and log."""
+        self.record.write_summary(status=status)
+        if self.is_main:
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "wandb":
+                    tracker.tracker.summary.update(self.record.tracker_summary() | {"status": status})
+        self.accelerator.end_training()
+        if self._log_file:
+            self._log_file.close()
+            self._log_file = None
+
+
+def read_state(path: Path) -> dict:
+    """state.json of a complete checkpoint.
+
+    Raises:
+        InputError: no checkpoint, or one with a missing or truncated file.
+    """
+    if not (path / "state.json").is_file():
+        raise InputError(f"--resume: {path} is no checkpoint (it has no state.json)")
+    state = _read_json(path / "state.json")
+    if "files" not in state:
+        raise InputError(f"checkpoint {path} is truncated: state.json")
+    for name, size in state["files"].items():
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            raise InputError(f"checkpoint {path} is truncated: {name}")
+    return state
+
+
+def environment(accelerator: accelerate.Accelerator) -> dict:
+    """Versions and hardware, for summary.json."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "python": sys.version.split()[0],
+        "device": name,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "git": git.stdout.strip() or None,
+    }
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    """Floating-point operations of a call (torch.utils.flop_counter: matrix products, convolutions, attention)."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def _check_trackers(choice: str | None) -> list[str] | None:
+    names = ["wandb", "tensorboard"] if choice == "all" else [choice] if choice else []
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--log-with {name}: not installed; pip install {name}")
+    if "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
+
+        if not (os.environ.get("WANDB_API_KEY") or (wandb.Api.__module__ and _wandb_key(wandb))):
+            raise InputError("--log-with wandb: no API key; run `wandb login`, or go offline with WANDB_MODE=offline")
+    return names or None
+
+
+def _wandb_key(wandb) -> str | None:
+    try:
+        return wandb.api.api_key
+    except Exception:  # no settings file, no netrc: the same as no key
+        return None
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail now rather than after an hour; leaves nothing behind."""
+    nearest = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    probe = nearest / f".w2s-probe-{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {nearest}: {error.strerror}; choose another --output") from None
+
+
+def _plain(options: dict) -> dict:
+    """Options as YAML and JSON know them."""
+    def simple(value: object) -> object:
+        if isinstance(value, tuple | list):
+            return [simple(v) for v in value]
+        if isinstance(value, dict):
+            return {str(k): simple(v) for k, v in value.items()}
+        if dataclasses.is_dataclass(value) or isinstance(value, Path):
+            return str(value)
+        return value
+
+    return {key: simple(value) for key, value in options.items() if key != "config"}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

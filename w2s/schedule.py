@@ -1,0 +1,124 @@
+"""The early phase: how strongly the teacher speaks at progress u, and when it falls silent for good. Pure Python."""
+
+import math
+
+
+class EarlyPhase:
+    """Weight lambda(u) and temperature T(u) of the distillation term, and its permanent switch-off.
+
+    `u` is training progress in any unit that the windows share: epochs as a float, or updates.
+
+        lambda(u)   rises from 0 to `weight` over `warmup`, holds for `hold`, falls to 0 over `decay`, then is exactly 0
+        T(u)        falls linearly from `temperature[0]` to `temperature[1]` over the same window
+
+    `observe` compares student and teacher on held-out data: strictly better at `patience` consecutive evaluations
+    switches the teacher off for the rest of the run. So does reaching the end of the window.
+
+    Args:
+        weight: the plateau of lambda, >= 0.
+        warmup, hold, decay: lengths of the three parts, >= 0, in units of u.
+        temperature: (start, end), both > 0.
+        patience: consecutive evaluations the student has to win, >= 1.
+        mode: "max" where a higher metric is better, "min" where a lower one is.
+        off: "surpass" (the method); "never" (lambda holds for the whole run, an always-on baseline); or a number: a
+            fixed switch-off at that u, whoever is better.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        warmup: float = 0.0,
+        hold: float = math.inf,
+        decay: float = 0.0,
+        temperature: tuple[float, float] = (6.0, 1.0),
+        patience: int = 2,
+        mode: str = "max",
+        off: str | float = "surpass",
+    ) -> None:
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"weight must be finite and not negative, got {weight}")
+        for name, length in (("warmup", warmup), ("hold", hold), ("decay", decay)):
+            if not length >= 0:
+                raise ValueError(f"{name} must not be negative, got {length}")
+        if not all(t > 0 and math.isfinite(t) for t in temperature):
+            raise ValueError(f"temperatures must be positive, got {temperature}")
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+        if isinstance(off, str) and off not in ("surpass", "never"):
+            raise ValueError(f"off must be 'surpass', 'never' or a number, got {off!r}")
+        self.full_weight, self.warmup, self.hold, self.decay = weight, warmup, hold, decay
+        self.start_temperature, self.end_temperature = temperature
+        self.patience, self.mode, self.off = patience, mode, off
+        self.wins = 0  # consecutive evaluations won so far
+        self.kd_off: dict | None = None  # {"at": u, "reason": ...} once switched off
+
+    @property
+    def window(self) -> float:
+        """Length of warmup, hold and decay together."""
+        return self.warmup + self.hold + self.decay
+
+    @property
+    def end(self) -> float:
+        """The progress at which lambda is 0 for good, surpassed or not."""
+        if self.off == "never":
+            return math.inf
+        return self.window if self.off == "surpass" else min(self.window, float(self.off))
+
+    @property
+    def active(self) -> bool:
+        """False once switched off; never True again."""
+        return self.kd_off is None
+
+    @property
+    def reason(self) -> str | None:
+        """Why it was switched off: "surpass", "window" (end of the schedule) or None while active."""
+        return self.kd_off and self.kd_off["reason"]
+
+    def weight(self, u: float) -> float:
+        """lambda(u); exactly 0 outside the window and after the switch-off."""
+        if not self.active or u < 0 or u >= self.end:
+            return 0.0
+        if u < self.warmup:
+            return self.full_weight * u / self.warmup
+        into_decay = u - self.warmup - self.hold
+        if into_decay <= 0 or self.off == "never":
+            return self.full_weight
+        return self.full_weight * max(0.0, 1 - into_decay / self.decay)
+
+    def temperature(self, u: float) -> float:
+        """T(u); the start value for a window without end, the end value after the window."""
+        if math.isinf(self.window) or self.window == 0:
+            return self.start_temperature
+        progress = min(max(u / self.window, 0.0), 1.0)
+        return self.start_temperature + (self.end_temperature - self.start_temperature) * progress
+
+    def advance(self, u: float) -> bool:
+        """Switch off if the window has ended at u; call it before every update. Returns `active`."""
+        if self.active and u >= self.end:
+            self.kd_off = {"at": u, "reason": "window"}
+        return self.active
+
+    def observe(self, student: float, teacher: float, u: float | None = None) -> bool:
+        """Compare both metrics of an evaluation (at u, for the record); switch off if the student has won often enough.
+
+        A metric that is NaN wins nothing and breaks the row of wins. Returns `active`.
+        """
+        if self.active and self.off == "surpass":
+            better = student > teacher if self.mode == "max" else student < teacher
+            self.wins = self.wins + 1 if better else 0
+            if self.wins >= self.patience:
+                self.kd_off = {"at": u, "reason": "surpass"}
+        return self.active
+
+    def state_dict(self) -> dict:
+        """All that changes during a run."""
+        return {"wins": self.wins, "kd_off": self.kd_off}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict()`; a phase that was off stays off."""
+        self.wins, self.kd_off = state["wins"], state["kd_off"]

@@ -1,0 +1,147 @@
+"""The frozen weaker teacher: found, built, fitted to the student's inputs, timed, scored, and let go."""
+
+import gc
+import time
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from w2s.models import WEIGHT_FILES, create_model, find_model, load_folder, load_weights
+from w2s.options import InputError
+
+
+def load_teacher(
+    spec: str, model_name: str | None, model_kwargs: dict, num_classes: int, in_chans: int, img_size: int
+) -> tuple[nn.Module, str]:
+    """The model that `--teacher` means, with its weights, and where they come from.
+
+    `spec` is a run folder (its model/, or best/ named directly) or another exported folder, a weights file with
+    `model_name`, the name of a timm model with pretrained weights, `hf-hub:NAME` or `local-dir:FOLDER`.
+
+    Raises:
+        InputError: nothing of that kind is there, it cannot be read, or it does not fit the data.
+    """
+    path = Path(spec.removeprefix("local-dir:"))
+    if path.suffix in WEIGHT_FILES and not path.is_dir():
+        if not model_name:
+            raise InputError(f"--teacher {spec} is a weights file: name its architecture with --teacher-model")
+        model = create_model(model_name, num_classes, in_chans, img_size, model_kwargs=model_kwargs)
+        load_weights(model, path)
+    elif model_name:
+        raise InputError(f"--teacher-model goes with a weights file, but --teacher {spec} is none")
+    elif path.is_dir():
+        path = find_model(str(path))
+        model = load_folder(path)
+    elif spec.startswith("hf-hub:") or ("/" not in spec and timm.is_model(spec.partition(".")[0])):
+        model, path = _pretrained(spec), spec
+    else:
+        raise InputError(f"--teacher {spec}: no such run folder or file, and no timm model of that name")
+    if model.num_classes != num_classes:
+        raise InputError(f"the teacher has {model.num_classes} classes, the data {num_classes}: {spec} does not fit")
+    channels = model.pretrained_cfg["input_size"][0] if not hasattr(model, "in_chans") else model.in_chans
+    if channels != in_chans:
+        raise InputError(f"the teacher takes {channels} channels, the student {in_chans}: {spec} does not fit")
+    return model, str(path)
+
+
+def _pretrained(name: str) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub raises many kinds
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise InputError(f"cannot load pretrained teacher '{name}': {type(error).__name__}: {reason}") from None
+
+
+class Teacher:
+    """A frozen model that gives logits for the student's input batches, at no more than its forward's cost.
+
+    Eval mode, no gradient, in the accelerator's precision; never prepared by the accelerator, so in no checkpoint.
+
+    Args:
+        model: a timm model with weights.
+        accelerator: gives device and autocast.
+        mean, std: how the student's batches are normalised, one number a channel.
+        channels_last: memory format, as the student's.
+        compile: torch.compile backend, or None.
+    """
+
+    SAMPLE = 10  # every how many calls one is timed
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: "accelerate.Accelerator",  # noqa: F821
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        channels_last: bool = False,
+        compile: str | None = None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False).to(accelerator.device)
+        if channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        if compile:
+            self.model.compile(backend=compile)
+        self.accelerator = accelerator
+        self.calls = 0  # forward passes so far
+        self._timed_from, self._timings = 0, []
+        config = model.pretrained_cfg
+        size = config["input_size"][-2:]
+        self.size = tuple(size)
+        own_mean, own_std = _channels(config["mean"], len(mean)), _channels(config["std"], len(std))
+        # one affine map from the student's normalisation to the teacher's
+        scale = torch.tensor(std) / own_std
+        shift = (torch.tensor(mean) - own_mean) / own_std
+        self.same_range = bool(torch.allclose(scale, torch.ones(()))) and bool(torch.allclose(shift, torch.zeros(())))
+        self.scale, self.shift = (t.view(1, -1, 1, 1).to(accelerator.device) for t in (scale, shift))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) for a batch (B, C, H, W) normalised for the student; both see the same pixels."""
+        self.calls += 1
+        stop = self._time() if (self.calls - self._timed_from) % self.SAMPLE == 1 else None
+        if not self.same_range:
+            images = images * self.scale + self.shift
+        if tuple(images.shape[-2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        with self.accelerator.autocast():
+            logits = self.model(images)
+        if stop:
+            stop()
+        return logits
+
+    def _time(self):
+        """Start timing a call; returns what ends it. Device events, so that nothing waits."""
+        if self.accelerator.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            self._timings.append(lambda: begin.elapsed_time(end) / 1000)
+            return end.record
+        begin = time.perf_counter()
+        return lambda: self._timings.append(lambda seconds=time.perf_counter() - begin: seconds)
+
+    def restart_timer(self) -> None:
+        """Forget the calls so far: warm-up, or an evaluation."""
+        self._timed_from, self._timings = self.calls, []
+
+    def take_seconds(self) -> float:
+        """Seconds of all calls since the timer's start, from the timed ones; restarts it. Call it synchronised."""
+        seconds = [timing() for timing in self._timings]
+        total = sum(seconds) / len(seconds) * (self.calls - self._timed_from) if seconds else 0.0
+        self.restart_timer()
+        return total
+
+    def release(self) -> None:
+        """Free the model's memory. A released teacher cannot be called."""
+        self.model = None
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _channels(values: tuple[float, ...], channels: int) -> Tensor:
+    """mean or std of a config for so many channels: RGB statistics averaged for grey input."""
+    tensor = torch.tensor(values)
+    return tensor if len(values) == channels else tensor.mean().expand(channels)

@@ -1,18 +1,16 @@
 """What every script does the same way: processes, seeds, folders, logs, checkpoints, preemption, exit codes."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import logging
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import accelerate
@@ -21,12 +19,11 @@ import timm
 import torch
 import yaml
 from accelerate.utils import ProjectConfiguration, broadcast
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from w2s.checkpoint import load_checkpoint, newest_state, read_state, save_checkpoint
 from w2s.crossing import TRACKER_AXES, Clock, RunRecord, replacing
-from w2s.data import mix_seed
+from w2s.loading import mix_seed
 from w2s.options import InputError
 
 # options that may change when a run is resumed: they do not change what it computes
@@ -78,7 +75,7 @@ class Run:
         task: "cls", "det" or "diffusion".
 
     Raises:
-        InputError: the folder cannot be written or holds something else, `--resume` finds nothing, a tracker is missing.
+        InputError: the folder cannot be written or holds something else, nothing to resume, a tracker missing.
         Finished: `--resume` of a complete run.
     """
 
@@ -117,26 +114,17 @@ class Run:
             if not (self.folder / "args.yaml").is_file():
                 raise InputError(f"{self.folder} is not empty and holds no run; choose another --name or --output")
             if not resume:
-                raise InputError(f"{self.folder} already holds a run; go on with --resume auto or choose another --name")
+                raise InputError(f"{self.folder} holds a run: go on with --resume auto, or choose another --name")
             self._same_options(yaml.safe_load((self.folder / "args.yaml").read_text()), str(self.folder))
             if _read_json(self.folder / "summary.json").get("status") == "finished":
                 raise Finished(f"{self.folder} is already finished")
-            self._newest_checkpoint()
+            self.checkpoint, self.state = newest_state(self.folder / "checkpoints", self.log)
         if self.state and self.state["processes"] != self.accelerator.num_processes:
             raise InputError(
                 f"{self.checkpoint} was written by {self.state['processes']} processes, this launch has "
                 f"{self.accelerator.num_processes}: resume with the same number"
             )
         _check_writable(self.folder)
-
-    def _newest_checkpoint(self) -> None:
-        for path in sorted((self.folder / "checkpoints").glob("update-*"), reverse=True):
-            try:
-                self.checkpoint, self.state = path, read_state(path)
-                return
-            except InputError as error:
-                self.log(f"warning: {error}; trying the one before")
-        self.checkpoint = self.state = None
 
     def _same_options(self, there: dict, where: str) -> None:
         here = _plain(vars(self.args))
@@ -228,40 +216,31 @@ class Run:
         self._signal = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    def should_stop(self, update: int, loss: torch.Tensor | None = None, now: bool = False) -> bool:
+    def watch(self, loss: torch.Tensor) -> None:
+        """Remember whether a loss was ever not finite, without waiting for the device."""
+        self._bad += ~torch.isfinite(loss.detach())
+
+    def should_stop(self, update: int, now: bool = False) -> bool:
         """Whether a signal asks the run to stop; all processes get the same answer after the same update.
 
-        The loss is looked at on the way. Waiting for a GPU after every update would slow it down, so there the question
-        is put every 10 updates, and `now` (before an evaluation or checkpoint).
+        Waiting for a GPU after every update would slow it down, so there the question is put every 10 updates, and
+        `now` (before an evaluation or checkpoint).
 
         Raises:
-            NonFiniteLoss: on all processes, if the loss of any of them was not finite.
+            NonFiniteLoss: on all processes, if a watched loss of any of them was not finite.
         """
-        if loss is not None:
-            self._bad += ~torch.isfinite(loss.detach())
         if not now and self.device.type != "cpu" and update % 10:
             return False
         flags = torch.stack([self._bad, torch.full_like(self._bad, float(self._signal is not None))])
         bad, stop = self.accelerator.reduce(flags, "sum").tolist()
         if bad:
-            if self.record:
-                self.record.write_summary(status="failed")
-            kept = self.newest_kept()
+            self.record.write_summary(status="failed")
+            kept = max((self.folder / "checkpoints").glob("update-*"), default=None) if self.keeps else None
             raise NonFiniteLoss(
                 f"the loss is not finite at update {update}; try a lower --lr, --clip-grad or bf16. "
                 + (f"The last good checkpoint is {kept}" if kept else "No checkpoint had been written")
             )
         return stop > 0
-
-    def newest_kept(self) -> Path | None:
-        """The newest checkpoint folder of this run, if any."""
-        return max((self.folder / "checkpoints").glob("update-*"), default=None) if self.keeps else None
-
-    @contextlib.contextmanager
-    def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Leave gradients unsynchronised but for the last micro-batch of an update."""
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-            yield
 
     def mean(self, values: torch.Tensor) -> list[float]:
         """The mean of a tensor over all processes, as floats."""
@@ -273,60 +252,22 @@ class Run:
             for buffer in model.buffers():
                 buffer.copy_(broadcast(buffer))
 
-    # ---- checkpoints ----
-
     def save(self, update: int, ema: nn.Module | None, **state: object) -> None:
-        """Write checkpoints/update-N, complete or not at all, then drop the oldest beyond --checkpoint-hist.
-
-        Called by all processes. Holds the student, optimiser, scaler and EMA, and `state` in state.json, which is
-        written last and lists every file with its size.
-        """
-        if not self.keeps:
-            return
-        accelerator = self.accelerator
-        root = self.folder / "checkpoints"
-        final, beside = root / f"update-{update:08d}", root / f".update-{update:08d}.partial"
-        if self.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(beside))
-        accelerator.wait_for_everyone()
-        if self.is_main:
-            if ema is not None:
-                save_file(ema.module.state_dict(), beside / "ema.safetensors")
+        """Write a checkpoint with the clock, the rows and `state`; called by all processes."""
+        if self.keeps:
             state |= {
-                "update": update,
                 "clock": self.clock.state_dict(),
                 "rows": self.record.rows,
                 "tracker_id": self.tracker_id,
-                "processes": accelerator.num_processes,
+                "processes": self.accelerator.num_processes,
                 "args": _plain(vars(self.args)),
-                "files": {str(p.relative_to(beside)): p.stat().st_size for p in beside.rglob("*") if p.is_file()},
             }
-            (beside / "state.json").write_text(json.dumps(state))
-            for path in [*beside.rglob("*"), beside]:
-                _fsync(path)
-            shutil.rmtree(final, ignore_errors=True)
-            beside.rename(final)
-            _fsync(root)
-            for old in sorted(root.glob("update-*"))[: -self.args.checkpoint_hist]:
-                shutil.rmtree(old, ignore_errors=True)
-        accelerator.wait_for_everyone()
+            root = self.folder / "checkpoints"
+            save_checkpoint(root, update, state, self.accelerator, ema, self.args.checkpoint_hist)
 
     def load(self, ema: nn.Module | None) -> None:
-        """Bring the prepared student, optimiser and EMA to the checkpoint that was found.
-
-        Raises:
-            InputError: the checkpoint does not fit this model.
-        """
-        try:
-            self.accelerator.load_state(str(self.checkpoint))
-            if ema is not None:
-                ema.module.load_state_dict(load_file(self.checkpoint / "ema.safetensors"))
-        except (RuntimeError, OSError, KeyError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [""])[-1][:200]
-            raise InputError(f"cannot load checkpoint {self.checkpoint}: {reason}") from None
+        """Bring what was prepared, and the EMA, to the checkpoint that was found."""
+        load_checkpoint(self.checkpoint, self.accelerator, ema)
         self.log(f"resumed from {self.checkpoint}")
 
     def finish(self, status: str) -> None:
@@ -340,23 +281,6 @@ class Run:
         if self._log_file:
             self._log_file.close()
             self._log_file = None
-
-
-def read_state(path: Path) -> dict:
-    """state.json of a complete checkpoint.
-
-    Raises:
-        InputError: no checkpoint, or one with a missing or truncated file.
-    """
-    if not (path / "state.json").is_file():
-        raise InputError(f"--resume: {path} is no checkpoint (it has no state.json)")
-    state = _read_json(path / "state.json")
-    if "files" not in state:
-        raise InputError(f"checkpoint {path} is truncated: state.json")
-    for name, size in state["files"].items():
-        if not (path / name).is_file() or (path / name).stat().st_size != size:
-            raise InputError(f"checkpoint {path} is truncated: {name}")
-    return state
 
 
 def environment(accelerator: accelerate.Accelerator) -> dict:
@@ -374,15 +298,8 @@ def environment(accelerator: accelerate.Accelerator) -> dict:
         "device": name,
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
-        "git": git.stdout.strip() or None,
+        "git": git.stdout.strip() if git.returncode == 0 else None,
     }
-
-
-def count_flops(step: Callable[[], object]) -> int:
-    """Floating-point operations of a call (torch.utils.flop_counter: matrix products, convolutions, attention)."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
 
 
 def _check_trackers(choice: str | None) -> list[str] | None:
@@ -435,11 +352,3 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -62,10 +62,10 @@ class Teacher:
 
     Args:
         model: a timm model with weights.
+        source: where they come from, for the record.
         accelerator: gives device and autocast.
         mean, std: how the student's batches are normalised, one number a channel.
         channels_last: memory format, as the student's.
-        compile: torch.compile backend, or None.
     """
 
     SAMPLE = 10  # every how many calls one is timed
@@ -73,21 +73,21 @@ class Teacher:
     def __init__(
         self,
         model: nn.Module,
+        source: str,
         accelerator: "accelerate.Accelerator",  # noqa: F821
         mean: tuple[float, ...],
         std: tuple[float, ...],
         channels_last: bool = False,
-        compile: str | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False).to(accelerator.device)
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        if compile:
-            self.model.compile(backend=compile)
         self.accelerator = accelerator
         self.calls = 0  # forward passes so far
         self._timed_from, self._timings = 0, []
         config = model.pretrained_cfg
+        self.name, self.source = config.get("architecture"), source
+        self.params = sum(p.numel() for p in model.parameters())
         size = config["input_size"][-2:]
         self.size = tuple(size)
         own_mean, own_std = _channels(config["mean"], len(mean)), _channels(config["std"], len(std))
@@ -120,7 +120,12 @@ class Teacher:
             self._timings.append(lambda: begin.elapsed_time(end) / 1000)
             return end.record
         begin = time.perf_counter()
-        return lambda: self._timings.append(lambda seconds=time.perf_counter() - begin: seconds)
+
+        def end() -> None:
+            seconds = time.perf_counter() - begin
+            self._timings.append(lambda: seconds)
+
+        return end
 
     def restart_timer(self) -> None:
         """Forget the calls so far: warm-up, or an evaluation."""

@@ -1,0 +1,62 @@
+"""timm's optimisers and schedules from the shared options; the learning rate is a function of the update."""
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from w2s.options import InputError
+
+
+def scaled_lr(args, samples: int) -> float:
+    """--lr, or timm's rule: --lr-base at a global batch of --lr-base-size, scaled to `samples` an update."""
+    if args.lr is not None:
+        return args.lr
+    ratio = samples / args.lr_base_size
+    adaptive = any(kind in args.opt.lower() for kind in ("ada", "lamb"))
+    scale = args.lr_base_scale or ("sqrt" if adaptive else "linear")
+    return args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+
+
+def build_optimizer(
+    args, model: nn.Module, lr: float, epochs: float, updates_per_epoch: int
+) -> tuple[torch.optim.Optimizer, Scheduler]:
+    """The optimiser and its schedule, both timm's. Do not `prepare` the schedule: call `step_update(update)`.
+
+    Raises:
+        InputError: unknown names, arguments they do not take, or a schedule that needs a metric.
+    """
+    if args.sched in ("plateau", "none"):
+        raise InputError(f"--sched {args.sched}: the learning rate must be a function of the update; try constant")
+    if args.warmup_epochs > epochs:
+        raise InputError(f"--warmup-epochs {args.warmup_epochs:g} is longer than the run of {epochs:g} epochs")
+    options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay, **args.opt_kwargs}
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            **{k: v for k, v in options.items() if v is not None},
+        )
+    except (ValueError, TypeError, AssertionError, KeyError, AttributeError, RuntimeError) as error:
+        raise InputError(f"--opt {args.opt}: {' '.join(str(error).split())}") from None
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=args.sched,
+            num_epochs=epochs,
+            decay_epochs=args.decay_epochs,
+            decay_milestones=args.decay_milestones,
+            decay_rate=args.decay_rate,
+            warmup_epochs=args.warmup_epochs,
+            warmup_lr=args.warmup_lr,
+            min_lr=args.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(f"--sched {args.sched}: {' '.join(str(error).split())}") from None
+    return optimizer, scheduler

@@ -21,8 +21,8 @@ COLUMNS = (
 
 
 def reaches(value: float | None, target: float, mode: str) -> bool:
-    """Whether a metric value is at the target or beyond; a missing or NaN value never is."""
-    if value is None or math.isnan(value):
+    """Whether a metric value is at the target or beyond; a missing, NaN or infinite value never is."""
+    if value is None or not math.isfinite(value):
         return False
     return value >= target if mode == "max" else value <= target
 
@@ -152,8 +152,10 @@ class RunRecord:
         facts: dict,
         log: Callable[[dict, int], None] | None = None,
     ) -> None:
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
         self.folder, self.metric, self.mode, self.targets, self.facts, self.log = (
-            folder, metric, mode, targets, facts, log,
+            folder, metric, mode, targets, dict(facts), log,
         )  # fmt: skip
         self.columns = (*COLUMNS, *reported, f"switch_{metric}")
         self.rows: list[dict] = []
@@ -256,8 +258,11 @@ def read_metrics(path: Path) -> list[dict]:
     Raises:
         ValueError: a line has another number of cells than the header, or a cell is no number; the line is named.
     """
-    with open(path, newline="") as file:
-        lines = list(csv.reader(file))
+    try:
+        with open(path, newline="") as file:
+            lines = list(csv.reader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from None
     if not lines:
         raise ValueError(f"{path} is empty")
     header, rows = lines[0], []
@@ -270,7 +275,7 @@ def read_metrics(path: Path) -> list[dict]:
             rows.append({name: float(cell) if cell else None for name, cell in zip(header, line, strict=True)})
         except ValueError as error:
             raise ValueError(f"{path} line {number}: {error}") from None
-        if rows[-1]["update"] is None:
+        if rows[-1]["update"] is None or not math.isfinite(rows[-1]["update"]):
             raise ValueError(f"{path} line {number}: no update")
     return rows
 
@@ -279,15 +284,20 @@ def read_metrics(path: Path) -> list[dict]:
 def replacing(path: Path) -> Iterator:
     """Open a text file that takes the place of `path` only once it is written whole and on disk."""
     beside = path.with_name(path.name + ".partial")
-    with open(beside, "w", newline="") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "w", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _cell(value: float | None) -> str:
-    return "" if value is None else repr(value)  # repr round-trips a float exactly
+    if value is None:
+        return ""
+    return repr(value) if type(value) is int else repr(float(value))  # repr round-trips a float exactly
 
 
 def _finite(value: object) -> object:

@@ -26,9 +26,10 @@ def kl_softmax(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
         ValueError: the shapes differ or T is not positive.
     """
     _check(student_logits, teacher_logits, temperature)
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1).flatten(0, -2)
-    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1).flatten(0, -2)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
+    distributions = max(student.shape[:-1].numel(), 1)  # an empty batch gives 0, not 0 / 0
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) / distributions * temperature**2
 
 
 def kl_sigmoid(
@@ -56,12 +57,10 @@ def kl_sigmoid(
     # log(p/q) and log((1-p)/(1-q)) through logsigmoid: finite however sure either side is
     on = F.logsigmoid(teacher) - F.logsigmoid(student)
     off = F.logsigmoid(-teacher) - F.logsigmoid(-student)
-    divergence = p * on + (1 - p) * off
-    if weight is None:
-        return divergence.mean() * temperature**2
-    weight = weight.detach().float().expand_as(divergence)
+    divergence = p * on + (-teacher).sigmoid() * off
+    weight = torch.ones_like(divergence) * (1.0 if weight is None else weight.detach().float())
     total = weight.sum()
-    return (divergence * weight).sum() / total.clamp_min(torch.finfo(total.dtype).tiny) * temperature**2
+    return (divergence * weight).sum() / torch.where(total > 0, total, 1.0) * temperature**2
 
 
 def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:

@@ -109,7 +109,7 @@ def add_run_options(parser: Parser) -> None:
     add_switch(group, "--eval-only", "evaluate --initial-checkpoint, --pretrained or the run's own model, and exit")
     group.add_argument("--checkpoint-hist", type=positive_int, default=2, metavar="N", help="checkpoints kept (2)")
     group.add_argument(
-        "--recovery-interval", type=int, default=0, metavar="N", help="also save every N updates (0: at evaluations)"
+        "--recovery-interval", type=int, default=0, metavar="N", help="also save every N updates (0: after each epoch)"
     )
     group.add_argument("--log-interval", type=positive_int, default=50, metavar="N", help="updates between log lines")
     group.add_argument("--log-with", choices=["wandb", "tensorboard", "all"], help="trackers beside metrics.csv")

@@ -49,7 +49,7 @@ class EarlyPhase:
             raise ValueError(f"patience must be at least 1, got {patience}")
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
-        if isinstance(off, str) and off not in ("surpass", "never"):
+        if off not in ("surpass", "never") and (isinstance(off, str) or not off >= 0):
             raise ValueError(f"off must be 'surpass', 'never' or a number, got {off!r}")
         self.full_weight, self.warmup, self.hold, self.decay = weight, warmup, hold, decay
         self.start_temperature, self.end_temperature = temperature
@@ -76,7 +76,7 @@ class EarlyPhase:
 
     @property
     def reason(self) -> str | None:
-        """Why it was switched off: "surpass", "window" (end of the schedule) or None while active."""
+        """Why: "surpass", "window" (end of the decay), "fixed" (`off` was a number), or None while active."""
         return self.kd_off and self.kd_off["reason"]
 
     def weight(self, u: float) -> float:
@@ -100,7 +100,8 @@ class EarlyPhase:
     def advance(self, u: float) -> bool:
         """Switch off if the window has ended at u; call it before every update. Returns `active`."""
         if self.active and u >= self.end:
-            self.kd_off = {"at": u, "reason": "window"}
+            fixed = self.off != "surpass" and u < self.window
+            self.kd_off = {"at": u, "reason": "fixed" if fixed else "window"}
         return self.active
 
     def observe(self, student: float, teacher: float, u: float | None = None) -> bool:

@@ -206,11 +206,14 @@ class Job:
         return min(evaluation, recovery), evaluation <= recovery
 
     def save(self) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint if one is due: at the end of an epoch, every --recovery-interval, or because of a signal.
 
         Raises:
             Preempted: after it is written, if a signal ended the loop before the run was done.
         """
+        interval = self.run.args.recovery_interval
+        if self.update % self.updates_per_epoch and not self.stopped and not (interval and self.update % interval == 0):
+            return
         self.take_teacher_seconds()
         self.run.save(
             self.update,

@@ -1,0 +1,451 @@
+"""Comparisons of small run folders with numbers worked out by hand; the three files; every refusal."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from w2s.compare import choose_targets, compare, main, read_run
+from w2s.crossing import AXES, RunRecord
+
+ROOT = Path(__file__).parents[1]
+NAN = math.nan
+TEACHER = {"model": "resnet10t", "switch": 68.25, "report": 67.5, "params": 4922416, "checkpoint": "best"}
+KD_OFF = {"epoch": 2.0, "update": 20, "reason": "surpass"}
+ENVIRONMENT = {"torch": "2.11.0", "device": "cpu, 2 cores", "processes": 1}
+FILES = ["curves.png", "report.md", "speedup.json"]
+
+
+def write_run(
+    folder: Path, values, mode="max", targets=(60.0,), metric="top1", seconds=10.0, step=1.0, empty=(), **facts
+) -> Path:
+    """A finished run with one evaluation every `step` epochs, 10 updates, 100 samples, `seconds` train seconds (12 in
+    total, a tenth of them in the teacher) and a quarter of a PFLOP; the columns in `empty` hold nothing."""
+    folder.mkdir()
+    known = {"task": "classification", "name": folder.name, "status": "finished", "seed": 0, "teacher": None}
+    known |= {"kd_off": None, "environment": ENVIRONMENT}
+    record = RunRecord(None, metric, mode, list(targets), (metric,), known | facts)
+    for i, value in enumerate(values, start=1):
+        row = {"epoch": i * step, "update": 10 * i, "samples": 100 * i, "train_seconds": seconds * i}
+        row |= {"total_seconds": 12.0 * i, "teacher_seconds": seconds * i / 10, "pflops": 0.25 * i, metric: value}
+        record.add(**{key: None if key in empty else value for key, value in row.items()})
+    record.folder = folder  # written at once: every row by itself waits for the disk
+    record.rewrite()
+    record.write_summary()
+    return folder
+
+
+def write_runs(tmp_path: Path, arm: str, curves, seconds=(10.0, 10.0, 10.0), **options) -> list[Path]:
+    """Runs arm-0, arm-1, ... with these curves and seconds between evaluations; the seed is the number."""
+    pairs = enumerate(zip(curves, seconds, strict=False))
+    return [write_run(tmp_path / f"{arm}-{i}", c, seconds=s, seed=i, **options) for i, (c, s) in pairs]
+
+
+def command(baseline: list, treated: list, out: Path, *more: object) -> list[str]:
+    return [str(x) for x in ("--baseline", *baseline, "--treated", *treated, "--out", out, *more)]
+
+
+def result_of(tmp_path: Path, baseline: list, treated: list, *more: object) -> dict:
+    """speedup.json of a comparison that succeeds."""
+    assert main(command(baseline, treated, tmp_path / "out", *more)) == 0
+    return json.loads((tmp_path / "out" / "speedup.json").read_text())
+
+
+def numbers(baseline: list[Path], treated: list[Path]) -> dict:
+    """The same from the library, without the drawing."""
+    arms = {"baseline": [*map(read_run, baseline)], "treated": [*map(read_run, treated)]}
+    result = compare(arms, choose_targets(arms["baseline"] + arms["treated"]))
+    return json.loads(json.dumps(result, allow_nan=False))
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """The rows of the first Markdown table under a heading, header and rule left out."""
+    lines = text.split(f"## {heading}")[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+# first@60 at epochs 3, 5, 4 without and 2, 2, 3 with the teacher
+BASELINE = [[50, 55, 60, 62, 61], [40, 50, 58, 59, 65], [45, 59.9, 59.9, 63, 64]]
+TREATED = [[55, 60, 61, 62, 63], [50, 70, 59, 66, 67], [59, 59, 62, 64, 62]]
+
+
+@pytest.fixture
+def arms(tmp_path: Path) -> tuple[list[Path], list[Path]]:
+    """Three runs an arm; train seconds between evaluations 10, 8, 11 and 12, 11, 14."""
+    return (
+        write_runs(tmp_path, "base", BASELINE, (10.0, 8.0, 11.0)),
+        write_runs(tmp_path, "w2s", TREATED, (12.0, 11.0, 14.0), teacher=TEACHER, kd_off=KD_OFF),
+    )
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_speedup_json_holds_crossings_medians_and_ratios(tmp_path, arms):
+    result = result_of(tmp_path, *arms)
+    assert {key: result[key] for key in ("task", "metric", "mode")} == {
+        "task": "classification",
+        "metric": "top1",
+        "mode": "max",
+    }
+    assert result["arms"]["treated"] == [{"run": f"w2s-{i}", "seed": i} for i in range(3)]
+    entry = result["targets"]["60"]
+    assert list(result["targets"]) == ["60"]
+    assert list(entry["baseline"]) == list(entry["treated"]) == list(entry["speedup"]) == list(AXES)
+    assert entry["baseline"]["epoch"] == {"runs": [3, 5, 4], "median": 4}
+    assert entry["treated"]["epoch"] == {"runs": [2, 2, 3], "median": 2}
+    # the median run in epochs (the third, 4 epochs of 11 s) is not the median in seconds (the second, 5 of 8 s)
+    assert entry["baseline"]["train_seconds"] == {"runs": [30, 40, 44], "median": 40}
+    assert entry["treated"]["train_seconds"] == {"runs": [24, 22, 42], "median": 24}
+    assert entry["baseline"]["update"]["runs"] == [30, 50, 40]
+    assert entry["baseline"]["samples"]["median"] == 400
+    assert entry["baseline"]["total_seconds"]["runs"] == [36, 60, 48]
+    assert entry["baseline"]["pflops"]["runs"] == [0.75, 1.25, 1.0]
+    assert entry["speedup"]["epoch"] == entry["speedup"]["update"] == entry["speedup"]["pflops"] == 2
+    assert entry["speedup"]["train_seconds"] == pytest.approx(40 / 24)
+    assert entry["lower_bound"] == dict.fromkeys(AXES)
+
+
+def test_confirmed_needs_two_evaluations_in_a_row(arms):
+    confirmed = numbers(*arms)["targets"]["60"]["confirmed"]
+    assert confirmed["baseline"]["epoch"] == {
+        "runs": [3, None, 4],
+        "median": 4,
+    }  # the second reaches it at the very end
+    assert confirmed["treated"]["epoch"] == {"runs": [2, 4, 3], "median": 3}  # the second falls back after epoch 2
+
+
+def test_final_and_best(arms):
+    result = numbers(*arms)
+    assert result["final"] == {
+        "baseline": {"runs": [61, 65, 64], "median": 64},
+        "treated": {"runs": [63, 67, 62], "median": 63},
+    }
+    assert result["best"]["baseline"] == {"runs": [62, 65, 64], "median": 64}
+    assert result["best"]["treated"] == {"runs": [63, 70, 64], "median": 64}
+
+
+def test_a_run_that_never_crosses_counts_as_infinite(tmp_path):
+    base = write_runs(tmp_path, "base", [[50, 60, 60], [50, 55, 59], [61, 61, 61]])
+    treated = write_runs(tmp_path, "w2s", [[60, 60, 60], [50, 60, 61], [50, 50, 50]])
+    entry = numbers(base, treated)["targets"]["60"]
+    assert entry["baseline"]["epoch"] == {"runs": [2, None, 1], "median": 2}  # 1, 2, infinity
+    assert entry["treated"]["epoch"] == {"runs": [1, 2, None], "median": 2}
+    assert entry["speedup"]["epoch"] == 1
+    assert entry["lower_bound"]["epoch"] is None
+
+
+def test_a_censored_baseline_median_gives_a_lower_bound(tmp_path, capsys):
+    base = write_runs(tmp_path, "base", [[50, 55, 59, 60], [50, 55, 59, 59], [1, 2, 3, 4]], (10.0, 10.0, 20.0))
+    treated = write_runs(tmp_path, "w2s", [[60, 60, 60, 60], [50, 60, 61, 61], [50, 61, 61, 61]], (15.0, 15.0, 15.0))
+    entry = result_of(tmp_path, base, treated)["targets"]["60"]
+    assert entry["baseline"]["epoch"] == {"runs": [4, None, None], "median": None}
+    assert entry["speedup"] == dict.fromkeys(AXES)
+    assert entry["lower_bound"]["epoch"] == 2  # last evaluation 4, treated median 2
+    assert entry["lower_bound"]["train_seconds"] == pytest.approx(40 / 30)  # ends at 40, 40, 80; treated 15, 30, 30
+    printed = capsys.readouterr().out
+    assert "Speedup: > 2.00x in epochs" in printed
+    assert "> 1.33x in train seconds" in printed
+    rows = table(printed, "first@60")
+    assert rows[0] == ["first, epochs", "baseline", "4, > 4, > 4", "> 4", "4 to > 4"]
+    assert rows[4] == ["first, train seconds", "baseline", "40, > 40, > 80", "> 40", "40 to > 80"]
+
+
+def test_the_lower_bound_of_two_runs_counts_the_one_that_crossed(tmp_path):
+    """One baseline run crosses at 2, one not within 10: the median is at least (2 + 10) / 2 = 6, not 10."""
+    base = write_runs(tmp_path, "base", [[50, 60] + [61] * 8, [50] * 10])
+    treated = write_runs(tmp_path, "w2s", [[50, 60] + [61] * 8, [50, 50, 50, 60] + [61] * 6])
+    entry = numbers(base, treated)["targets"]["60"]
+    assert entry["baseline"]["epoch"] == {"runs": [2, None], "median": None}
+    assert entry["treated"]["epoch"]["median"] == 3
+    assert entry["lower_bound"]["epoch"] == 2
+
+
+def test_nothing_is_claimed_where_the_treated_runs_do_not_cross(tmp_path, capsys):
+    base = write_runs(tmp_path, "base", [[50, 60]])
+    treated = write_runs(tmp_path, "w2s", [[50, 59]])
+    result = result_of(tmp_path, base, treated, "--target", 60, 70)  # at 70 neither does
+    for tau in ("60", "70"):
+        assert result["targets"][tau]["treated"]["epoch"] == {"runs": [None], "median": None}
+        assert result["targets"][tau]["speedup"] == result["targets"][tau]["lower_bound"] == dict.fromkeys(AXES)
+    assert capsys.readouterr().out.count("Speedup: not defined.") == 2
+
+
+def test_lower_is_better(tmp_path, capsys):
+    facts = {"mode": "min", "metric": "fd512", "targets": (15.0, 8.0), "step": 0.25}
+    base = write_runs(tmp_path, "base", [[60, 15, 9, 8.5], [50, 16, 14, 8], [70, 14, 12, 7]], **facts)
+    treated = write_runs(tmp_path, "w2s", [[15, 9, 8, 9], [14, 8, 7, 6], [13, 12, 8, 7]], **facts)
+    result = result_of(tmp_path, base, treated)
+    assert list(result["targets"]) == ["15", "8"]  # the easier one first
+    assert result["targets"]["15"]["baseline"]["epoch"] == {"runs": [0.5, 0.75, 0.5], "median": 0.5}
+    assert result["targets"]["15"]["treated"]["epoch"]["runs"] == [0.25, 0.25, 0.25]
+    assert result["targets"]["15"]["speedup"]["epoch"] == 2
+    assert result["targets"]["8"]["baseline"]["epoch"] == {"runs": [None, 1, 1], "median": 1}
+    assert result["targets"]["8"]["treated"]["epoch"] == {"runs": [0.75, 0.5, 0.75], "median": 0.75}
+    assert result["best"]["treated"] == {"runs": [8, 6, 7], "median": 7}
+    assert result["final"]["baseline"]["median"] == 8
+    assert "first evaluation with fd512 <= tau" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("mode", "values"), [("max", [60, 61, 70]), ("min", [60, 59, 50])])
+def test_a_diverged_run_is_the_worst_not_absent(tmp_path, mode, values):
+    curves = [[50 if mode == "max" else 70, value] for value in values]
+    base = write_runs(tmp_path, "base", curves, mode=mode)
+    treated = write_runs(tmp_path, "w2s", [*curves[:2], [NAN, NAN]], mode=mode)
+    result = numbers(base, treated)
+    assert result["final"]["baseline"]["median"] == values[1]
+    assert result["final"]["treated"] == {"runs": [values[0], values[1], None], "median": values[0]}
+    assert result["best"]["treated"] == {"runs": [values[0], values[1], None], "median": values[0]}
+
+
+def test_targets_are_the_union_of_those_of_the_runs(tmp_path):
+    base = write_runs(tmp_path, "base", [[50, 60]], targets=(55.0, 60.0))
+    treated = write_runs(tmp_path, "w2s", [[60, 62]], targets=(52.5, 60.0))
+    assert list(numbers(base, treated)["targets"]) == ["52.5", "55", "60"]
+
+
+def test_target_overrides_and_the_report_says_so(tmp_path, arms, capsys):
+    result = result_of(tmp_path, *arms, "--target", "62.0", "60", "60.0")
+    assert list(result["targets"]) == ["60", "62"]
+    assert result["targets"]["62"]["baseline"]["epoch"]["runs"] == [4, 5, 4]
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("## first@")]
+    assert headings == ["## first@60", "## first@62 (not among the targets of every run)"]
+
+
+def test_an_axis_that_was_not_recorded_is_null_and_gives_no_ratio(tmp_path):
+    base = write_runs(tmp_path, "base", [[50, 60]], empty=("pflops",))
+    treated = write_runs(tmp_path, "w2s", [[60, 60]])
+    entry = numbers(base, treated)["targets"]["60"]
+    assert entry["baseline"]["pflops"] == {"runs": [None], "median": None}
+    assert entry["treated"]["pflops"] == {"runs": [0.25], "median": 0.25}
+    assert entry["speedup"]["epoch"] == 2
+    assert entry["speedup"]["pflops"] is None
+    assert entry["lower_bound"]["pflops"] is None
+
+
+def test_of_rows_with_the_same_update_the_last_one_counts(tmp_path):
+    base, treated = write_runs(tmp_path, "base", [[50, 60]]), write_runs(tmp_path, "w2s", [[50, 60]])
+    with open(base[0] / "metrics.csv") as file:
+        last = file.read().splitlines()[-1]
+    with open(base[0] / "metrics.csv", "a") as file:
+        file.write(last.replace("60", "59") + "\n")
+    result = numbers(base, treated)
+    assert result["targets"]["60"]["baseline"]["epoch"]["runs"] == [None]
+    assert result["final"]["baseline"]["median"] == result["best"]["baseline"]["median"] == 59
+
+
+def test_compare_is_a_function_of_runs_and_names_its_arms_as_given(arms):
+    before, after = ([read_run(folder) for folder in group] for group in arms)
+    result = compare({"plain": before, "resnet10t": after}, [60.0])
+    assert result["targets"]["60"]["plain"]["epoch"]["median"] == 4
+    assert result["targets"]["60"]["speedup"]["epoch"] == 2
+    back = compare({"resnet10t": after, "plain": before}, [60.0])
+    assert back["targets"]["60"]["speedup"]["epoch"] == 0.5  # the first arm is the reference
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_three_files_and_prints_the_report(tmp_path, arms):
+    words = [sys.executable, "-m", "w2s.compare", *command(*arms, tmp_path / "deep" / "out")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "deep" / "out"
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    report = (out / "report.md").read_text()
+    assert report.startswith(done.stdout)
+    assert report.endswith("![curves](curves.png)\n")
+    assert table(done.stdout, "first@60") == [
+        ["first, epochs", "baseline", "3, 5, 4", "4", "3 to 5"],
+        ["first, epochs", "treated", "2, 2, 3", "2", "2 to 3"],
+        ["confirmed, epochs", "baseline", "3, > 5, 4", "4", "3 to > 5"],
+        ["confirmed, epochs", "treated", "2, 4, 3", "3", "2 to 4"],
+        ["first, train seconds", "baseline", "30, 40, 44", "40", "30 to 44"],
+        ["first, train seconds", "treated", "24, 22, 42", "24", "22 to 42"],
+        ["confirmed, train seconds", "baseline", "30, > 40, 44", "44", "30 to > 40"],
+        ["confirmed, train seconds", "treated", "24, 44, 42", "42", "24 to 44"],
+    ]
+    assert table(done.stdout, "Final and best top1") == [
+        ["final", "baseline", "61, 65, 64", "64", "61 to 65"],
+        ["final", "treated", "63, 67, 62", "63", "62 to 67"],
+        ["best", "baseline", "62, 65, 64", "64", "62 to 65"],
+        ["best", "treated", "63, 70, 64", "64", "63 to 70"],
+    ]
+    assert "Speedup: 2.00x in epochs, 2.00x in updates, 2.00x in samples, 1.67x in train seconds" in done.stdout
+
+
+def test_the_report_states_rule_and_conditions(tmp_path, arms, capsys):
+    result_of(tmp_path, *arms)
+    report = capsys.readouterr().out
+    for text in (
+        "first evaluation with top1 >= tau",
+        "- baseline: 3 runs, seeds 0, 1, 2\n",
+        "- Grid: 5 evaluations a run; step, and so resolution: 1 epochs\n",
+        "- Hardware and software: torch 2.11.0, device cpu, 2 cores, processes 1\n",
+        "- w2s-1: teacher resnet10t, 4922416 parameters, top1 68.25 on the switch split and 67.5 on the reporting "
+        "split; 10.0% of train seconds; switched off at epoch 2 (surpass)\n",
+    ):
+        assert text in report
+    assert report.count("switched off") == 3
+
+
+def test_the_report_names_hardware_that_differs_and_a_teacher_that_stays(tmp_path, capsys):
+    base = write_runs(tmp_path, "base", [[50, 60]], environment={"device": "H200"})
+    treated = write_runs(tmp_path, "w2s", [[60, 60]], teacher=TEACHER, environment=None)
+    result_of(tmp_path, base, treated)
+    report = capsys.readouterr().out
+    assert "- Hardware and software, not the same for all runs: device H200; hardware not recorded\n" in report
+    assert "never switched off" in report
+
+
+def near(image: np.ndarray, colour: str) -> np.ndarray:
+    """Which pixels of an image (height, width, channels in 0-1) have a colour, given as #RRGGBB."""
+    wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return (np.abs(image[..., :3] - wanted) < 0.02).all(axis=-1)
+
+
+def test_the_curves_are_drawn(tmp_path, arms):
+    result_of(tmp_path, *arms)
+    image = matplotlib.image.imread(tmp_path / "out" / "curves.png")
+    height, width = image.shape[:2]
+    assert width >= 1200
+    assert height >= 500
+    for colour in ("#0072B2", "#D55E00"):
+        drawn = near(image, colour)
+        assert drawn[:, : width // 2].sum() > 500  # over epochs
+        assert drawn[:, width // 2 :].sum() > 500  # over train seconds
+
+
+def test_curves_with_gaps_and_of_a_single_evaluation_are_drawn(tmp_path):
+    base = write_runs(tmp_path, "base", [[NAN]], empty=("train_seconds", "teacher_seconds"))
+    treated = write_runs(tmp_path, "w2s", [[61]], teacher=TEACHER, kd_off=KD_OFF | {"epoch": 0.5, "reason": "window"})
+    result_of(tmp_path, base, treated)
+    image = matplotlib.image.imread(tmp_path / "out" / "curves.png")
+    assert near(image, "#D55E00").sum() > 50
+
+
+def test_a_second_comparison_takes_the_place_of_the_first(tmp_path, arms):
+    result_of(tmp_path, *arms)
+    result_of(tmp_path, *arms, "--target", 62)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    assert "first@60" not in (tmp_path / "out" / "report.md").read_text()
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def spoil_summary(folder: Path, **facts: object) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | facts))
+
+
+def drop_rows(folder: Path, keep: int) -> None:
+    lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    (folder / "metrics.csv").write_text("".join(lines[: keep + 1]))
+
+
+def in_csv(old: str, new: str):
+    def change(folder: Path) -> None:
+        text = (folder / "metrics.csv").read_text()
+        assert old in text
+        (folder / "metrics.csv").write_text(text.replace(old, new, 1))
+
+    return change
+
+
+REFUSALS = {
+    "no metrics": (lambda run: (run / "metrics.csv").unlink(), "metrics.csv does not exist"),
+    "no summary": (lambda run: (run / "summary.json").unlink(), "summary.json does not exist"),
+    "bad json": (
+        lambda run: (run / "summary.json").write_text('{"task": '),
+        "summary.json is not JSON: Expecting value",
+    ),
+    "json list": (lambda run: (run / "summary.json").write_text("[]"), "summary.json: 'task' is missing or malformed"),
+    "no key": (lambda run: spoil_summary(run, targets=None), "summary.json: 'targets' is missing or malformed"),
+    "bad teacher": (lambda run: spoil_summary(run, teacher="r18"), "summary.json: 'teacher' is missing or malformed"),
+    "bad mode": (lambda run: spoil_summary(run, mode="most"), "'mode' is neither max nor min"),
+    "unfinished": (
+        lambda run: spoil_summary(run, status="preempted"),
+        "is not a finished run: its status is 'preempted'",
+    ),
+    "bad cell": (in_csv("62", "sixty"), "metrics.csv line 5: could not convert string to float: 'sixty'"),
+    "cut line": (in_csv("5.0,50,", "5.0\n"), "metrics.csv line 6: 1 cells where the header has 16"),
+    "binary": (lambda run: (run / "metrics.csv").write_bytes(b"\x89PNG\xff"), "metrics.csv is not CSV"),
+    "no rows": (lambda run: drop_rows(run, 0), "metrics.csv has no rows"),
+    "empty file": (lambda run: (run / "metrics.csv").write_text(""), "metrics.csv is empty"),
+    "no column": (in_csv("top1", "top5"), "metrics.csv has no column 'top1'"),
+    "no epoch": (in_csv("5.0,50,", ",50,"), "metrics.csv has a row without epoch or update"),
+    "task": (lambda run: spoil_summary(run, task="detection"), "differ in task: 'detection' in "),
+    "mode": (lambda run: spoil_summary(run, mode="min"), "differ in mode: 'min' in "),
+    "shorter": (lambda run: drop_rows(run, 4), "differ in the epochs of their evaluations: "),
+    "other epochs": (in_csv("5.0,50,", "5.5,50,"), "differ in the epochs of their evaluations: "),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_bad_runs_are_refused_with_one_line(tmp_path, arms, capsys, spoil, message):
+    spoil(arms[0][0])
+    check_refused(tmp_path, capsys, command(*arms, tmp_path / "out"), message, "base-0")
+
+
+def check_refused(tmp_path: Path, capsys, words: list[str], *parts: str) -> None:
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    for part in parts:
+        assert part in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_with_different_metrics_are_refused(tmp_path, arms, capsys):
+    other = write_run(tmp_path / "other", BASELINE[0], metric="ap50")
+    check_refused(
+        tmp_path, capsys, command(arms[0], [other], tmp_path / "out"), "metric: 'top1' in ", "'ap50' in ", "other"
+    )
+
+
+def test_a_folder_that_is_missing_or_given_twice_is_refused(tmp_path, arms, capsys):
+    base, treated = arms
+    check_refused(
+        tmp_path, capsys, command([*base, tmp_path / "gone"], treated, tmp_path / "out"), "gone does not exist"
+    )
+    other_spelling = base[1].parent / "base-0" / ".." / "base-1"
+    check_refused(tmp_path, capsys, command(base, [other_spelling], tmp_path / "out"), "base-1 is given twice")
+    check_refused(tmp_path, capsys, command([base[0], base[0]], treated, tmp_path / "out"), "base-0 is given twice")
+
+
+def test_bad_targets_are_refused(tmp_path, arms, capsys):
+    words = command(*arms, tmp_path / "out", "--target")
+    check_refused(tmp_path, capsys, [*words, "60", "high"], "--target", "'high'")
+    check_refused(tmp_path, capsys, [*words, "nan"], "target not finite: nan")
+    for folder in (*arms[0], *arms[1]):
+        spoil_summary(folder, targets={})
+    check_refused(tmp_path, capsys, command(*arms, tmp_path / "out"), "no targets", "--target")
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path, arms, capsys):
+    (tmp_path / "file").write_text("mine")
+    check_refused(tmp_path, capsys, command(*arms, tmp_path / "file"), "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_command_exits_with_2_and_one_line(tmp_path, arms):
+    spoil_summary(arms[1][2], status="running")
+    words = [sys.executable, "-m", "w2s.compare", *command(*arms, tmp_path / "out")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {arms[1][2]} is not a finished run: its status is 'running'\n"
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train an image classifier, sooner with a weaker teacher's help.
+r"""Train an image classifier, sooner with a weaker teacher's help.
 
 One GPU or CPU      python train_cls.py -c recipes/digits_w2s.yaml
 One GPU, bf16       accelerate launch --mixed_precision bf16 train_cls.py -c recipes/cifar10_r50_w2s.yaml

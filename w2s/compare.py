@@ -4,7 +4,6 @@ python -m w2s.compare --baseline RUN... --treated RUN... [--target TAU...] --out
 """
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -46,10 +45,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{facts}: 'mode' is neither max nor min")
     if summary["status"] != "finished":
         raise ValueError(f"{folder} is not a finished run: its status is {summary['status']!r}")
-    try:
-        rows = read_metrics(metrics)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{metrics} is not CSV: {error}") from None
+    rows = read_metrics(metrics)
     if not rows:
         raise ValueError(f"{metrics} has no rows")
     if summary["metric"] not in rows[0]:

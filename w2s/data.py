@@ -207,6 +207,9 @@ def load_data(args, data_config: dict, num_classes: int | None) -> ImageData:
             raise InputError(f"class '{unknown[0]}' of split '{args.val_split}' is not in '{args.train_split}'")
         report = open_dataset(args, args.val_split, class_map=names)
     targets_of(report, args.val_split, num_classes)
+    if args.train_split == args.val_split or _same_folder(source, report):
+        where = f"split '{args.train_split}'" if args.train_split == args.val_split else f"folder {args.data_dir}"
+        raise InputError(f"training and reporting data are the same {where}; see --train-split and --val-split")
     try:
         fraction = float(args.switch_split)
     except ValueError:
@@ -227,6 +230,12 @@ def load_data(args, data_config: dict, num_classes: int | None) -> ImageData:
         samples=len(train_rows),
         facts={"train": len(train_rows), "switch": len(switch_rows), "report": len(report_rows)},
     )
+
+
+def _same_folder(source: Dataset, report: Dataset) -> bool:
+    """Whether timm's search for split folders ended in the same one twice: an image folder without train/ and val/."""
+    roots = [getattr(getattr(part, "reader", None), "root", None) for part in (source, report)]
+    return hasattr(getattr(source, "reader", None), "samples") and roots[0] is not None and roots[0] == roots[1]
 
 
 def class_names(dataset: Dataset) -> dict:

@@ -62,7 +62,8 @@ class Parser(argparse.ArgumentParser):
         for key, value in recipe.items():
             option = str(key).replace("_", "-")
             action = actions.get(option)
-            if action is None or option in ("config", "help") or option.startswith("no-"):
+            negative = isinstance(action, argparse.BooleanOptionalAction) and f"--{option}" != action.option_strings[0]
+            if action is None or option in ("config", "help") or negative:
                 close = difflib.get_close_matches(option, actions, n=1)
                 raise InputError(f"{path}: unknown key '{key}'" + (f", did you mean '{close[0]}'?" if close else ""))
             tokens += _tokens(path, key, action, value)

@@ -354,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     run.open(
         lambda folder, facts, log: RunRecord(folder, "top1", "max", targets, METRICS, facts, log),
         teacher=teacher_facts,
+        kd_off=job.kd_off,
         flops=flops,
         params=sum(p.numel() for p in student.parameters()),
         data=data.facts,

@@ -74,6 +74,14 @@ class Job:
         """The weights that are evaluated, compared and exported: the moving average where there is one."""
         return self.ema.module if self.ema else self.student
 
+    @property
+    def kd_off(self) -> dict | None:
+        """Where and why the teacher fell silent, as in summary.json; None while it speaks or where there is none."""
+        if not self.phase or self.phase.active:
+            return None
+        epoch = self.phase.kd_off["at"]
+        return {"epoch": epoch, "update": round(epoch * self.updates_per_epoch), "reason": self.phase.reason}
+
     def resume(self) -> None:
         """Continue where the run's checkpoint stands, if it has one."""
         state = self.run.state
@@ -191,10 +199,8 @@ class Job:
         if self.teacher:
             self.teacher.release()
             self.teacher = None
-        epoch, reason = self.phase.kd_off["at"], self.phase.reason
-        update = round(epoch * self.updates_per_epoch)
-        self.run.record.write_summary(kd_off={"epoch": epoch, "update": update, "reason": reason})
-        self.run.log(f"distillation off for good at epoch {epoch:g} ({reason})")
+        self.run.record.write_summary(kd_off=self.kd_off)
+        self.run.log("distillation off for good at epoch {epoch:g} ({reason})".format(**self.kd_off))
 
     def next_stop(self, evals_per_epoch: int) -> tuple[int, bool]:
         """The update to train to next, and whether to evaluate there."""

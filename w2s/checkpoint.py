@@ -38,7 +38,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if ema is not None:
-            save_file(ema.state_dict(), beside / "ema.safetensors")
+            save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, beside / "ema.safetensors")
         files = {str(p.relative_to(beside)): p.stat().st_size for p in beside.rglob("*") if p.is_file()}
         (beside / "state.json").write_text(json.dumps({**state, "update": update, "files": files}))
         for path in [*beside.rglob("*"), beside]:

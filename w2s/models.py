@@ -4,12 +4,14 @@ Importing this module registers `small_stem` with timm, so an export of such a m
 `timm.create_model("local-dir:FOLDER", pretrained=True)` once `w2s.models` is imported.
 """
 
+import copy
 import difflib
 import os
 import shutil
 from pathlib import Path
 
 import timm
+import torch
 from timm.models import load_pretrained, load_state_dict, register_model, save_for_hf
 from torch import nn
 
@@ -140,6 +142,7 @@ def export(model: nn.Module, folder: Path) -> None:
     """Write model.safetensors and config.json into `folder`, complete or as it was before."""
     beside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     shutil.rmtree(beside, ignore_errors=True)
+    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other layout
     save_for_hf(model, beside, model_args=getattr(model, "w2s_args", None), safe_serialization=True)
     for file in beside.iterdir():
         with open(file, "rb") as handle:

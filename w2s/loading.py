@@ -7,6 +7,7 @@ neither workers nor the number of processes change a pixel.
 
 import contextlib
 import random
+import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -248,4 +249,11 @@ def _loader_options(args, accelerator) -> dict:
         "num_workers": args.workers,
         "pin_memory": accelerator.device.type == "cuda",
         "persistent_workers": args.workers > 0,
+        "worker_init_fn": _leave_signals_to_parent,
     }
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    """Ctrl-C and job schedulers signal every process: a worker that dies of it would take the last batches with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -17,35 +17,38 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup, resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3, ParseKwargs
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from w2s.crossing import RunRecord
 from w2s.data import DIGITS_DEFAULTS, ImageData, load_data
 from w2s.loading import eval_loader, train_batches
 from w2s.losses import kl_softmax
-from w2s.models import create_model, export, find_model, load_weights
+from w2s.models import create_model, export, find_model, load_weights, pretrained_cfg
 from w2s.optim import build_optimizer, scaled_lr
 from w2s.options import (
     InputError,
+    KeyValues,
     Parser,
     add_kd_options,
     add_optimizer_options,
     add_run_options,
     add_switch,
     early_phase,
+    natural_int,
     not_negative,
     parse_targets,
     positive_int,
+    share,
 )
 from w2s.run import Run, call_main
 from w2s.teacher import Teacher, load_teacher
-from w2s.training import Job, count_flops
+from w2s.training import Job, count_flops, wide
 
 METRICS = ("top1", "top5", "eval_loss")
 
@@ -68,7 +71,7 @@ def build_parser() -> Parser:
     group.add_argument(
         "--check-images", type=int, default=20000, metavar="N", help="decode N images a split first (-1: all)"
     )
-    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="loader workers a process")
+    group.add_argument("-j", "--workers", type=natural_int, default=4, metavar="N", help="loader workers a process")
 
     group = parser.add_argument_group("model (timm)")
     group.add_argument("--model", default="resnet50", metavar="NAME")
@@ -77,12 +80,12 @@ def build_parser() -> Parser:
     group.add_argument("--num-classes", type=positive_int, metavar="N", help="default: from the data")
     group.add_argument("--img-size", type=positive_int, metavar="N", help="default: the model's own")
     group.add_argument("--in-chans", type=positive_int, default=3, metavar="N")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
     add_switch(group, "--small-stem", "3x3 stride 1 and no pooling in the stem, for small images")
     group.add_argument("--drop", type=float, metavar="P", help="dropout of the classifier")
     group.add_argument("--drop-path", type=float, metavar="P")
     add_switch(group, "--model-ema", "evaluate, compare and export the moving average of the weights")
-    group.add_argument("--model-ema-decay", type=float, default=0.9998)
+    group.add_argument("--model-ema-decay", type=share, default=0.9998)
     add_switch(group, "--model-ema-warmup", "a smaller decay at first")
     add_switch(group, "--channels-last", "NHWC memory format")
     add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
@@ -97,7 +100,7 @@ def build_parser() -> Parser:
     group.add_argument("--validation-batch-size", type=positive_int, metavar="N", help="per process; decides nothing")
     group.add_argument("--grad-accum-steps", type=positive_int, default=1, metavar="N")
     group.add_argument("--evals-per-epoch", type=positive_int, default=1, metavar="N")
-    group.add_argument("--smoothing", type=not_negative, default=0.1)
+    group.add_argument("--smoothing", type=share, default=0.1)
     add_switch(group, "--bce-loss", "binary cross entropy instead of softmax cross entropy")
     group.add_argument("--bce-target-thresh", type=float)
 
@@ -137,18 +140,22 @@ def resolve(args) -> dict:
     args.name = args.name or f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(f"--mixup and --cutmix pair images: --batch-size {args.batch_size} must be even")
-    if ":" in args.model:
-        own = create_model(args.model, 0).pretrained_cfg
-    else:
-        own = timm.get_pretrained_cfg(args.model)
-        own = own.to_dict() if own else {}  # an unknown name is reported by create_model
+    own = create_model(args.model, 0).pretrained_cfg if ":" in args.model else pretrained_cfg(args.model)
+    if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(None):
+        raise InputError(
+            f"--torchcompile {args.torchcompile}: torch has {', '.join(torch._dynamo.list_backends(None))}"
+        )
+    for name in ("mean", "std"):
+        given = getattr(args, name)
+        if given and len(given) not in (1, args.in_chans):
+            raise InputError(f"--{name} takes 1 or {args.in_chans} values, one a channel, got {len(given)}")
     config = resolve_data_config(
-        {k: getattr(args, k) for k in ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct")},
-        pretrained_cfg=own,
+        {k: getattr(args, k) for k in ("img_size", "in_chans", "interpolation", "crop_pct")}, pretrained_cfg=own
     )
-    for name in ("mean", "std"):  # RGB statistics for grey images: their average
-        if len(config[name]) != args.in_chans:
-            config[name] = (sum(config[name]) / len(config[name]),) * args.in_chans
+    for name in ("mean", "std"):  # one value stands for all channels; RGB statistics for grey images: their average
+        values = tuple(getattr(args, name) or config[name])
+        same = len(values) == args.in_chans
+        config[name] = values if same else (sum(values) / len(values),) * args.in_chans
     if args.crop_pct is None and max(config["input_size"][-2:]) <= 64:
         config["crop_pct"] = 1.0
     return config
@@ -235,7 +242,7 @@ def validate(model, dataset, args, accelerator) -> dict[str, float]:
 
     `model` is anything that maps a batch to logits: the student, its moving average, the teacher.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(4, dtype=wide(accelerator.device), device=accelerator.device)
     for images, targets in eval_loader(dataset, args, accelerator):
         images, targets = (t.to(accelerator.device, non_blocking=True) for t in (images, targets))
         if args.channels_last:
@@ -245,9 +252,9 @@ def validate(model, dataset, args, accelerator) -> dict[str, float]:
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(targets))])
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(targets))])
     top1, top5, loss, count = accelerator.reduce(sums, "sum").tolist()
-    expected = len(dataset)
+    expected = getattr(dataset, "total", None) or len(dataset)
     if count == 0 or (expected and count != expected):
         raise InputError(f"an evaluation counted {count:.0f} images instead of {expected}: check the split's length")
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_loss": loss / count}
@@ -258,6 +265,9 @@ def set_up_teacher(args, run: Run, config: dict, data: ImageData) -> Teacher:
     model, source = load_teacher(
         args.teacher, args.teacher_model, args.teacher_kwargs, data.num_classes, args.in_chans, config["input_size"][-1]
     )
+    if args.teacher_model and "pretrained_cfg_overlay" not in args.teacher_kwargs:
+        # a bare file says nothing of its inputs: they are taken to be the student's
+        model.pretrained_cfg = {**model.pretrained_cfg, **{k: config[k] for k in ("input_size", "mean", "std")}}
     return Teacher(model, source, run.accelerator, config["mean"], config["std"], args.channels_last)
 
 
@@ -267,10 +277,11 @@ def score_teacher(teacher: Teacher, args, run: Run, data: ImageData) -> dict:
     switch, how = args.teacher_score, "given by --teacher-score"
     if switch is None:
         switch, how = validate(teacher, data.switch, args, run.accelerator)["top1"], "measured on the switch split"
-    error = math.sqrt(max(switch * (100 - switch), 0.0) / len(data.switch))
+    error = math.sqrt(switch * (100 - switch) / max(data.facts["switch"], 1))
     run.log(
-        f"teacher {teacher.name} ({teacher.params / 1e6:.2f} M) from {teacher.source}: top1 {report:.2f} on the "
-        f"reporting split; to beat: {switch:.2f}, {how} ({len(data.switch)} images, standard error {error:.2f})"
+        f"teacher {teacher.name} ({teacher.params / 1e6:.2f} M, {teacher.size[-1]} px) from {teacher.source}: "
+        f"top1 {report:.2f} on the reporting split; to beat: {switch:.2f}, {how} ({data.facts['switch']} images, "
+        f"standard error {error:.2f})"
     )
     if args.teacher_score is None and switch > report + 1 + 2 * error:
         run.log(
@@ -283,6 +294,7 @@ def score_teacher(teacher: Teacher, args, run: Run, data: ImageData) -> dict:
 
 def flops_of(student: nn.Module, teacher: Teacher | None, args, config: dict, images: int) -> dict:
     """FLOPs of one update of the student and of the teacher's forward in it, counted on meta copies."""
+
     def count(model: nn.Module, size, train: bool) -> int:
         model = copy.deepcopy(model).to("meta").train(train)
         batch = torch.empty(2, args.in_chans, *size, device="meta")
@@ -297,6 +309,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_recipe(argv)
     config = resolve(args)
     targets = parse_targets(args.target, "top1", 0.0, 100.0)
+    if args.teacher_score is not None:
+        parse_targets([str(args.teacher_score)], "top1", 0.0, 100.0, option="--teacher-score")
     phase = early_phase(args, args.epochs, "max") if args.teacher else None
     run = Run(args, "cls")
     accelerator = run.accelerator
@@ -334,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # precision, processes, compilation
     if args.sync_bn:
-        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        student = convert_sync_batchnorm(student)
     if args.channels_last:
         student = student.to(memory_format=torch.channels_last)
     ema = ModelEmaV3(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
@@ -349,6 +363,7 @@ def main(argv: list[str] | None = None) -> None:
         *(run, model, student, ema, optimizer, scheduler, phase, teacher, teacher_facts, flops),
         *(updates_per_epoch, total, images, export),
     )
+    criterion, mixup = task_criterion(args), build_mixup(args, data.num_classes)
     job.resume()
     job.describe(args.model, data.facts, targets, "top1", lr)
     run.open(
@@ -360,7 +375,6 @@ def main(argv: list[str] | None = None) -> None:
         data=data.facts,
         weights="ema" if ema else "raw",
     )
-    criterion, mixup = task_criterion(args), build_mixup(args, data.num_classes)
     accum = args.grad_accum_steps
     batches = train_batches(data.train, args, accelerator, job.update * accum, updates_per_epoch * accum)
     while job.update < total:
@@ -368,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
         train(job, stop, batches, criterion, mixup)
         with run.clock.paused():
             if evaluation_due and job.update == stop:
-                run.share_buffers(student)
+                run.share_buffers(job.evaluated_model)
                 metrics = validate(job.evaluated_model.eval(), data.report, args, accelerator)
                 switch = validate(job.evaluated_model, data.switch, args, accelerator)["top1"] if job.teacher else None
                 job.evaluated(metrics, switch)

@@ -31,7 +31,8 @@ def save_checkpoint(
     """
     final, beside = root / f"update-{update:08d}", root / f".update-{update:08d}.partial"
     if accelerator.is_main_process:
-        shutil.rmtree(beside, ignore_errors=True)
+        for unfinished in root.glob(".update-*.partial"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         beside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(beside))
@@ -46,7 +47,9 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
         fsync(root)
-        for old in sorted(root.glob("update-*"))[:-keep]:
+        others = [path for path in root.glob("update-*") if path != final]
+        others.sort(key=lambda path: (path < final, path.name))  # ones after this update are of a run gone back on
+        for old in others[: max(len(others) - keep + 1, 0)]:
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
@@ -77,7 +80,7 @@ def read_state(path: Path) -> dict:
     try:
         state = json.loads((path / "state.json").read_text())
         sizes = state["files"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"checkpoint {path} is truncated: state.json") from None
     for name, size in sizes.items():
         if not (path / name).is_file() or (path / name).stat().st_size != size:
@@ -86,12 +89,21 @@ def read_state(path: Path) -> dict:
 
 
 def newest_state(root: Path, warn) -> tuple[Path | None, dict | None]:
-    """The newest complete checkpoint under `root` and its state, or (None, None); `warn` is told of damaged ones."""
-    for path in sorted(root.glob("update-*"), reverse=True):
+    """The newest complete checkpoint under `root` and its state, (None, None) if there is none yet.
+
+    `warn` is told of damaged ones.
+
+    Raises:
+        InputError: there are checkpoints, all damaged.
+    """
+    paths = sorted(root.glob("update-*"), reverse=True)
+    for path in paths:
         try:
             return path, read_state(path)
         except InputError as error:
-            warn(f"warning: {error}; using the one before")
+            warn(f"warning: {error}; trying the one before")
+    if paths:
+        raise InputError(f"all checkpoints in {root} are damaged; move them away to start from the beginning")
     return None, None
 
 

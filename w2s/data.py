@@ -1,11 +1,14 @@
 """Image data: the built-in digits and every timm dataset, checked and cut into train, switch and report splits."""
 
+import dataclasses
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
+from accelerate import PartialState
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
@@ -15,7 +18,7 @@ from w2s.options import InputError
 
 STREAMS = ("wds", "hfids", "tfds")
 # what fits small grey digits; an option given by the user or a recipe wins
-DIGITS_DEFAULTS = {"img_size": 32, "hflip": 0.0, "mean": [0.5] * 3, "std": [0.5] * 3, "val_split": "test"}
+DIGITS_DEFAULTS = {"img_size": 32, "hflip": 0.0, "mean": [0.5], "std": [0.5], "val_split": "test"}
 
 
 class Digits(Dataset):
@@ -66,8 +69,9 @@ def open_dataset(args, split: str, training: bool = False, class_map: dict | Non
     options = {"input_key": args.input_key, "target_key": args.target_key}
     if kind in STREAMS:
         options |= {"batch_size": args.batch_size, "num_samples": samples, "seed": args.seed}
-    elif not args.dataset and not args.data_dir:
-        raise InputError("no data: give --dataset (digits, hfds/NAME_OR_FOLDER, wds/...) or --data-dir FOLDER")
+    elif "/" not in args.dataset and not args.data_dir:
+        what = f"--dataset {args.dataset}" if args.dataset else "no data"
+        raise InputError(f"{what}: give --data-dir FOLDER, or --dataset digits, hfds/NAME_OR_FOLDER or wds/...")
     try:
         dataset = create_dataset(
             args.dataset,
@@ -82,8 +86,37 @@ def open_dataset(args, split: str, training: bool = False, class_map: dict | Non
         where = " ".join(filter(None, [args.dataset, args.data_dir]))
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         raise InputError(f"cannot open split '{split}' of dataset {where}: {type(error).__name__}: {reason}") from None
-    if kind not in STREAMS and len(dataset) == 0:
+    if kind in STREAMS:
+        return dataset if training else _whole_split(dataset, args, split)
+    if len(dataset) == 0:
         raise InputError(f"split '{split}' of dataset {args.dataset or args.data_dir} is empty")
+    reader = getattr(dataset, "reader", None)
+    if hasattr(reader, "samples") and os.path.isdir(args.data_dir) and os.path.samefile(reader.root, args.data_dir):
+        raise InputError(f"{args.data_dir} has no folder for the split '{split}'")  # timm would take all of it
+    for key, option in ((getattr(reader, "image_key", None), "input"), (getattr(reader, "label_key", None), "target")):
+        if key and reader.dataset[0].get(key) is None:  # the reader adds a column it does not find
+            raise InputError(f"dataset {args.dataset} has nothing in column '{key}'; see --{option}-key")
+    return dataset
+
+
+def _whole_split(dataset: Dataset, args, split: str) -> Dataset:
+    """An evaluation stream that every process reads its own shards of, each sample once; `total` is its length.
+
+    timm's reader would make all processes serve the same number, repeating some samples and missing others.
+    """
+    reader = dataset.reader
+    world, rank = PartialState().num_processes, PartialState().process_index
+    dataset.total = getattr(reader, "num_samples", 0)
+    if not dataset.total:
+        raise InputError(f"the length of split '{split}' is not known; write it as 'SHARDS|LENGTH'")
+    if world > 1:
+        if not hasattr(getattr(reader, "split_info", None), "filenames"):
+            raise InputError(f"--dataset {args.dataset}: only wds/ streams can be evaluated by several processes")
+        files = tuple(reader.split_info.filenames)
+        if len(files) < world:
+            raise InputError(f"split '{split}' has {len(files)} shards, fewer than {world} processes")
+        reader.split_info = dataclasses.replace(reader.split_info, filenames=files[rank::world])
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
     return dataset
 
 
@@ -142,6 +175,8 @@ def split_training(targets: np.ndarray, num_classes: int, fraction: float, sampl
     Raises:
         InputError: fraction or samples impossible, a class with no image.
     """
+    if seed < 0:
+        raise InputError(f"--switch-seed {seed}: must be 0 or more")
     if not 0 <= fraction < 1:
         raise InputError(f"--switch-split {fraction:g}: a share lies in [0, 1)")
     per_class = np.bincount(targets, minlength=num_classes)
@@ -192,7 +227,10 @@ def load_data(args, data_config: dict, num_classes: int | None) -> ImageData:
     Raises:
         InputError: see the functions this one calls.
     """
-    training, evaluation = train_transform(args, data_config), eval_transform(data_config)
+    try:
+        training, evaluation = train_transform(args, data_config), eval_transform(data_config)
+    except Exception as error:  # timm checks --aa, --interpolation, --remode and the like by assertion and look-up
+        raise InputError(f"cannot build the transforms: {type(error).__name__}: {error}") from None
     if args.dataset.partition("/")[0] in STREAMS:
         return _load_stream(args, training, evaluation, num_classes)
     mode = image_mode(args)
@@ -207,9 +245,8 @@ def load_data(args, data_config: dict, num_classes: int | None) -> ImageData:
             raise InputError(f"class '{unknown[0]}' of split '{args.val_split}' is not in '{args.train_split}'")
         report = open_dataset(args, args.val_split, class_map=names)
     targets_of(report, args.val_split, num_classes)
-    if args.train_split == args.val_split or _same_folder(source, report):
-        where = f"split '{args.train_split}'" if args.train_split == args.val_split else f"folder {args.data_dir}"
-        raise InputError(f"training and reporting data are the same {where}; see --train-split and --val-split")
+    if args.train_split == args.val_split:
+        raise InputError(f"training and reporting on the same split '{args.val_split}'; see --train-split, --val-split")
     try:
         fraction = float(args.switch_split)
     except ValueError:
@@ -220,7 +257,8 @@ def load_data(args, data_config: dict, num_classes: int | None) -> ImageData:
         switch_rows, report_rows = (rows[: 4 * args.batch_size] for rows in (switch_rows, report_rows))
 
     def split(part: Dataset, rows: np.ndarray, transform: Callable, seed: int | None = None) -> ImageSplit:
-        return ImageSplit(part, rows, transform, mode, seed, check_images(part, rows, mode, args.check_images))
+        limit = 0 if args.eval_only and part is source else args.check_images
+        return ImageSplit(part, rows, transform, mode, seed, check_images(part, rows, mode, limit))
 
     return ImageData(
         train=split(source, train_rows, training, args.seed),
@@ -230,12 +268,6 @@ def load_data(args, data_config: dict, num_classes: int | None) -> ImageData:
         samples=len(train_rows),
         facts={"train": len(train_rows), "switch": len(switch_rows), "report": len(report_rows)},
     )
-
-
-def _same_folder(source: Dataset, report: Dataset) -> bool:
-    """Whether timm's search for split folders ended in the same one twice: an image folder without train/ and val/."""
-    roots = [getattr(getattr(part, "reader", None), "root", None) for part in (source, report)]
-    return hasattr(getattr(source, "reader", None), "samples") and roots[0] is not None and roots[0] == roots[1]
 
 
 def class_names(dataset: Dataset) -> dict:
@@ -266,7 +298,5 @@ def _load_stream(args, training: Callable, evaluation: Callable, num_classes: in
     if switch is not None:
         switch.transform = evaluation
     samples = args.train_num_samples or len(train)
-    facts = {"train": samples, "switch": len(switch) if switch else 0, "report": len(report)}
+    facts = {"train": samples, "switch": switch.total if switch is not None else 0, "report": report.total}
     return ImageData(train, switch, report, num_classes, samples, facts)
-
-

@@ -80,7 +80,7 @@ def read_image(source: Dataset, index: int, mode: str) -> tuple[Image.Image, int
             with image:
                 return Image.open(image).convert(mode), int(target)
         return image.convert(mode), int(target)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow and the readers raise many kinds
         try:
             name = f" {reader.filename(index)}" if reader is not None and reader.filename(index) else ""
         except Exception:

@@ -35,14 +35,8 @@ def create_model(
         InputError: unknown name, arguments the architecture does not take, weights that cannot be had, no such stem.
     """
     kwargs = {"in_chans": in_chans, **(model_kwargs or {})}
-    architecture = name.partition(".")[0]
-    if ":" not in name:
-        if not timm.is_model(architecture):
-            close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-            raise InputError(f"unknown model '{name}'" + (f", did you mean {' or '.join(close)}?" if close else ""))
-        config = timm.get_pretrained_cfg(architecture)
-        if img_size and config and config.fixed_input_size:
-            kwargs.setdefault("img_size", img_size)
+    if ":" not in name and img_size and pretrained_cfg(name).get("fixed_input_size"):
+        kwargs.setdefault("img_size", img_size)
     if small_stem:
         kwargs["base"], name = name, "small_stem"
     try:
@@ -54,6 +48,24 @@ def create_model(
         raise InputError(f"{what}: {type(error).__name__}: {_one_line(error)}") from None
     model.w2s_args = {k: v for k, v in kwargs.items() if k != "in_chans" or v != 3}
     return model
+
+
+def pretrained_cfg(name: str) -> dict:
+    """timm's pretrained_cfg of a model name, empty where it has none.
+
+    Raises:
+        InputError: no such model, or no such pretrained tag of it.
+    """
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        raise InputError(f"unknown model '{name}'" + (f", did you mean {' or '.join(close)}?" if close else ""))
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except (RuntimeError, ValueError):
+        known = ", ".join(model.partition(".")[2] for model in timm.list_pretrained(f"{architecture}.*"))
+        raise InputError(f"model '{architecture}' has no pretrained tag '{tag}'; it has: {known or 'none'}") from None
+    return config.to_dict() if config else {}
 
 
 @register_model

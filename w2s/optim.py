@@ -31,6 +31,8 @@ def build_optimizer(
         raise InputError(f"--sched {args.sched}: the learning rate must be a function of the update; try constant")
     if args.warmup_epochs > epochs:
         raise InputError(f"--warmup-epochs {args.warmup_epochs:g} is longer than the run of {epochs:g} epochs")
+    if args.decay_epochs <= 0:
+        raise InputError(f"--decay-epochs {args.decay_epochs:g}: must be above 0")
     options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay, **args.opt_kwargs}
     try:
         optimizer = create_optimizer_v2(
@@ -41,8 +43,10 @@ def build_optimizer(
             momentum=args.momentum,
             **{k: v for k, v in options.items() if v is not None},
         )
-    except (ValueError, TypeError, AssertionError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # every optimiser checks its arguments in its own way
         raise InputError(f"--opt {args.opt}: {' '.join(str(error).split())}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"--opt {args.opt}: second-order optimisers are not supported")
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -57,6 +61,6 @@ def build_optimizer(
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
         )
-    except (ValueError, TypeError, AssertionError) as error:
+    except Exception as error:
         raise InputError(f"--sched {args.sched}: {' '.join(str(error).split())}") from None
     return optimizer, scheduler

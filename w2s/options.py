@@ -50,9 +50,11 @@ class Parser(argparse.ArgumentParser):
 
     def _recipe_tokens(self, path: Path) -> list[str]:
         try:
-            recipe = yaml.safe_load(path.read_text()) or {}
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"recipe {path} is no text file") from None
         except yaml.YAMLError as error:
             raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(recipe, dict):
@@ -73,7 +75,7 @@ class Parser(argparse.ArgumentParser):
 def _tokens(path: Path, key: str, action: argparse.Action, value: object) -> list[str]:
     """One recipe entry as command-line words."""
     option = action.option_strings[0] if len(action.option_strings) == 1 else f"--{action.dest.replace('_', '-')}"
-    if value is None:
+    if value is None or value == []:  # an empty list is the default, as args.yaml has it
         return []
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
@@ -91,9 +93,26 @@ def _tokens(path: Path, key: str, action: argparse.Action, value: object) -> lis
     return [option, *map(str, values)] if action.nargs is not None else [f"{option}={values[0]}"]
 
 
+class Switch(argparse.BooleanOptionalAction):
+    """A yes/no option; unlike its base it may itself be called --no-something."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
+class KeyValues(ParseKwargs):
+    """timm's NAME=VALUE words, with its errors as argparse knows them."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (ValueError, SyntaxError):
+            raise argparse.ArgumentError(self, f"takes NAME=VALUE words, got {' '.join(values)}") from None
+
+
 def add_switch(group: argparse._ArgumentGroup, name: str, help: str) -> None:
     """A yes/no option `--name` that `--no-name` takes back."""
-    group.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=help)
+    group.add_argument(name, action=Switch, default=False, help=help)
 
 
 def add_run_options(parser: Parser) -> None:
@@ -101,7 +120,7 @@ def add_run_options(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output", metavar="DIR", default="output", help="folder of all runs (default: output)")
     group.add_argument("--name", help="folder of this run in --output (default: recipe or model, and the seed)")
-    group.add_argument("--seed", type=int, default=0, help="weights, data order, augmentation (default: 0)")
+    group.add_argument("--seed", type=natural_int, default=0, help="weights, data order, augmentation (default: 0)")
     group.add_argument(
         "--target", nargs="+", default=[], metavar="TAU", help="metric values to time, fixed before the run: 65 80"
     )
@@ -110,7 +129,11 @@ def add_run_options(parser: Parser) -> None:
     add_switch(group, "--eval-only", "evaluate --initial-checkpoint, --pretrained or the run's own model, and exit")
     group.add_argument("--checkpoint-hist", type=positive_int, default=2, metavar="N", help="checkpoints kept (2)")
     group.add_argument(
-        "--recovery-interval", type=int, default=0, metavar="N", help="also save every N updates (0: after each epoch)"
+        "--recovery-interval",
+        type=natural_int,
+        default=0,
+        metavar="N",
+        help="save every N updates too",
     )
     group.add_argument("--log-interval", type=positive_int, default=50, metavar="N", help="updates between log lines")
     group.add_argument("--log-with", choices=["wandb", "tensorboard", "all"], help="trackers beside metrics.csv")
@@ -126,7 +149,7 @@ def add_kd_options(parser: Parser, unit: str = "epochs") -> None:
         help="a run folder, .safetensors/.pth file (with --teacher-model), timm name, hf-hub:NAME or local-dir:FOLDER",
     )
     group.add_argument("--teacher-model", metavar="NAME", help="timm architecture of a --teacher file")
-    group.add_argument("--teacher-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="its kwargs")
+    group.add_argument("--teacher-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="its kwargs")
     group.add_argument(
         "--teacher-score", type=float, metavar="X", help="its known held-out metric, if it saw the switch split"
     )
@@ -147,7 +170,7 @@ def add_kd_options(parser: Parser, unit: str = "epochs") -> None:
         metavar="F",
         help="share of the training data held out for the switch-off, or a split name for streams (default: 0.02)",
     )
-    group.add_argument("--switch-seed", type=int, default=0, help="which slice (default: 0); the same in all arms")
+    group.add_argument("--switch-seed", type=natural_int, default=0, help="which slice (0); the same in all arms")
 
 
 def add_optimizer_options(parser: Parser) -> None:
@@ -156,7 +179,7 @@ def add_optimizer_options(parser: Parser) -> None:
     group.add_argument("--opt", default="sgd", metavar="NAME", help="any timm optimiser (default: sgd)")
     group.add_argument("--opt-eps", type=float)
     group.add_argument("--opt-betas", type=float, nargs="+")
-    group.add_argument("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
+    group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight-decay", type=float, default=2e-5)
     group.add_argument("--layer-decay", type=float)
@@ -207,7 +230,7 @@ def early_phase(args: argparse.Namespace, length: float, mode: str) -> EarlyPhas
         raise InputError(f"distillation schedule: {error}") from None
 
 
-def parse_targets(values: list[str], metric: str, low: float, high: float) -> list[float]:
+def parse_targets(values: list[str], metric: str, low: float, high: float, option: str = "--target") -> list[float]:
     """`["65", "top1=80"]` as numbers.
 
     Raises:
@@ -217,13 +240,13 @@ def parse_targets(values: list[str], metric: str, low: float, high: float) -> li
     for value in values:
         name, _, number = value.rpartition("=")
         if name and name != metric:
-            raise InputError(f"--target {value}: the reported metric of this run is {metric}")
+            raise InputError(f"{option} {value}: the reported metric of this run is {metric}")
         try:
             targets.append(float(number))
         except ValueError:
-            raise InputError(f"--target {value}: not a number") from None
+            raise InputError(f"{option} {value}: not a number") from None
         if not low < targets[-1] <= high:
-            raise InputError(f"--target {value}: {metric} lies above {low:g} and up to {high:g}")
+            raise InputError(f"{option} {value}: {metric} lies above {low:g} and up to {high:g}")
     return targets
 
 
@@ -232,6 +255,22 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def natural_int(text: str) -> int:
+    """An argparse type: 0, 1, 2, ... below 2^32."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {value}")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: a number from 0 up to, but not, 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1), got {text}")
     return value
 
 

@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import accelerate
 import numpy as np
@@ -29,7 +30,7 @@ from w2s.options import InputError
 # options that may change when a run is resumed: they do not change what it computes
 FREE_OPTIONS = (
     *("config", "output", "name", "resume", "dry_run", "eval_only", "log_with", "project", "log_interval"),
-    *("checkpoint_hist", "recovery_interval", "workers", "check_images"),
+    *("checkpoint_hist", "recovery_interval", "workers", "check_images", "validation_batch_size"),
 )
 
 
@@ -48,6 +49,7 @@ class Finished(Exception):
 def call_main(main: Callable[[], None]) -> None:
     """Run a script's main and exit: 0 done, 2 bad input, 3 non-finite loss, 75 preempted and saved."""
     codes = {InputError: 2, NonFiniteLoss: 3, Preempted: 75, Finished: 0}
+    rank = int(os.environ.get("RANK", 0))
     try:
         main()
         code = 0
@@ -55,10 +57,17 @@ def call_main(main: Callable[[], None]) -> None:
         code = codes[type(error)]
         # an error of a loader's worker comes back with the worker's traceback in front
         message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-        if int(os.environ.get("RANK", 0)) == 0 or (code == 2 and "DataLoader worker" in str(error)):
-            sys.stdout.flush()
+        sys.stdout.flush()
+        if rank == 0:
             print(f"{'' if code in (0, 75) else 'error: '}{message}", file=sys.stderr, flush=True)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        elif code == 2:  # perhaps this process alone saw it: a missing disk, a corrupt image
+            print(f"process {rank}: {message}", file=sys.stderr, flush=True)
+    except BaseException:
+        # Printed here, so that the frames go, and with them the loader: its workers outlive the signal that
+        # multiprocessing would send them at exit, and would be waited for without end.
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if code != 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
         if code in (0, 75):
             torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -92,6 +101,9 @@ class Run:
         )
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
         self.state: dict | None = None  # of the checkpoint to continue from
         self.checkpoint: Path | None = None
@@ -106,10 +118,15 @@ class Run:
 
     def _locate(self) -> None:
         resume = self.args.resume
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is a file; choose another --name or --output")
         if resume and resume != "auto":
             self.checkpoint = Path(resume)
             self.state = read_state(self.checkpoint)
             self._same_options(self.state["args"], str(self.checkpoint))
+            own = self.checkpoint.resolve().parent == (self.folder / "checkpoints").resolve()
+            if not own and self.folder.exists() and any(self.folder.iterdir()):
+                raise InputError(f"{self.folder} holds a run of its own, not that of {resume}; choose another --name")
         elif self.folder.exists() and any(self.folder.iterdir()):
             if not (self.folder / "args.yaml").is_file():
                 raise InputError(f"{self.folder} is not empty and holds no run; choose another --name or --output")
@@ -119,11 +136,10 @@ class Run:
             if _read_json(self.folder / "summary.json").get("status") == "finished":
                 raise Finished(f"{self.folder} is already finished")
             self.checkpoint, self.state = newest_state(self.folder / "checkpoints", self.log)
-        if self.state and self.state["processes"] != self.accelerator.num_processes:
-            raise InputError(
-                f"{self.checkpoint} was written by {self.state['processes']} processes, this launch has "
-                f"{self.accelerator.num_processes}: resume with the same number"
-            )
+        here = {"processes": self.accelerator.num_processes, "mixed_precision": self.accelerator.mixed_precision}
+        for name, value in here.items() if self.state else ():
+            if self.state[name] != value:
+                raise InputError(f"{self.checkpoint} was written with {name} {self.state[name]}, not {value}: keep it")
         _check_writable(self.folder)
 
     def _same_options(self, there: dict, where: str) -> None:
@@ -192,7 +208,11 @@ class Run:
             k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in _plain(vars(self.args)).items()
         }
         wandb_options = {"name": self.name, "id": self.tracker_id, "resume": "allow", "dir": str(self.folder)}
-        self.accelerator.init_trackers(self.args.project, config, {"wandb": wandb_options})
+        try:
+            self.accelerator.init_trackers(self.args.project, config, {"wandb": wandb_options})
+        except Exception as error:  # wandb: a wrong key, no network
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            raise InputError(f"--log-with {self.args.log_with}: {reason}; WANDB_MODE=offline needs no server") from None
         if self.is_main and "wandb" in [tracker.name for tracker in self.accelerator.trackers]:
             board = self.accelerator.get_tracker("wandb", unwrap=True)
             for axis in TRACKER_AXES:
@@ -214,7 +234,8 @@ class Run:
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if number == signal.SIGINT:  # a second Ctrl-C does not wait
+            signal.signal(number, signal.default_int_handler)
 
     def watch(self, loss: torch.Tensor) -> None:
         """Remember whether a loss was ever not finite, without waiting for the device."""
@@ -234,13 +255,19 @@ class Run:
         flags = torch.stack([self._bad, torch.full_like(self._bad, float(self._signal is not None))])
         bad, stop = self.accelerator.reduce(flags, "sum").tolist()
         if bad:
-            self.record.write_summary(status="failed")
-            kept = max((self.folder / "checkpoints").glob("update-*"), default=None) if self.keeps else None
-            raise NonFiniteLoss(
-                f"the loss is not finite at update {update}; try a lower --lr, --clip-grad or bf16. "
-                + (f"The last good checkpoint is {kept}" if kept else "No checkpoint had been written")
-            )
+            self.fail(f"the loss is not finite at update {update}")
         return stop > 0
+
+    def fail(self, reason: str) -> NoReturn:
+        """End a run that has gone wrong, on all processes; its last good checkpoint stays.
+
+        Raises:
+            NonFiniteLoss: always.
+        """
+        self.record.write_summary(status="failed")
+        kept = max((self.folder / "checkpoints").glob("update-*"), default=None) if self.keeps else None
+        rest = f"The last good checkpoint is {kept}" if kept else "No checkpoint had been written"
+        raise NonFiniteLoss(f"{reason}; try a lower --lr, --clip-grad or bf16. {rest}")
 
     def mean(self, values: torch.Tensor) -> list[float]:
         """The mean of a tensor over all processes, as floats."""
@@ -260,6 +287,7 @@ class Run:
                 "rows": self.record.rows,
                 "tracker_id": self.tracker_id,
                 "processes": self.accelerator.num_processes,
+                "mixed_precision": self.accelerator.mixed_precision,
                 "args": _plain(vars(self.args)),
             }
             root = self.folder / "checkpoints"
@@ -287,9 +315,12 @@ def environment(accelerator: accelerate.Accelerator) -> dict:
     """Versions and hardware, for summary.json."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    try:
+        git = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        git = None
     return {
         "torch": torch.__version__,
         "timm": timm.__version__,
@@ -298,7 +329,7 @@ def environment(accelerator: accelerate.Accelerator) -> dict:
         "device": name,
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
-        "git": git.stdout.strip() if git.returncode == 0 else None,
+        "git": git,
     }
 
 
@@ -335,6 +366,7 @@ def _check_writable(folder: Path) -> None:
 
 def _plain(options: dict) -> dict:
     """Options as YAML and JSON know them."""
+
     def simple(value: object) -> object:
         if isinstance(value, tuple | list):
             return [simple(v) for v in value]

@@ -30,8 +30,8 @@ def load_teacher(
             raise InputError(f"--teacher {spec} is a weights file: name its architecture with --teacher-model")
         model = create_model(model_name, num_classes, in_chans, img_size, model_kwargs=model_kwargs)
         load_weights(model, path)
-    elif model_name:
-        raise InputError(f"--teacher-model goes with a weights file, but --teacher {spec} is none")
+    elif model_name or model_kwargs:
+        raise InputError(f"--teacher-model and --teacher-kwargs go with a weights file, but --teacher {spec} is none")
     elif path.is_dir():
         path = find_model(str(path))
         model = load_folder(path)
@@ -132,7 +132,9 @@ class Teacher:
         self._timed_from, self._timings = self.calls, []
 
     def take_seconds(self) -> float:
-        """Seconds of all calls since the timer's start, from the timed ones; restarts it. Call it synchronised."""
+        """Seconds of all calls since the timer's start, from the timed ones; restarts it."""
+        if self._timings and self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = [timing() for timing in self._timings]
         total = sum(seconds) / len(seconds) * (self.calls - self._timed_from) if seconds else 0.0
         self.restart_timer()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from timm.models import model_parameters
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
@@ -58,11 +59,11 @@ class Job:
     meter: Tensor = field(init=False)  # sums since the last evaluation: loss, task, kd, updates, kd updates
 
     def __post_init__(self) -> None:
-        self.meter = torch.zeros(5, dtype=torch.float64, device=self.run.device)
+        self.meter = torch.zeros(5, dtype=wide(self.run.device), device=self.run.device)
         self.first = self.update
         self.bar = tqdm(total=self.total, unit="update", disable=None if self.run.is_main else True)
         self._logged = (0, 0.0)
-        self._parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self._clipped = list(model_parameters(self.student, exclude_head="agc" in self.run.args.clip_mode))
 
     @property
     def progress(self) -> float:
@@ -98,13 +99,18 @@ class Job:
         while self.update < stop and not self.stopped:
             self.run.seed_update(self.update)
             self.scheduler.step_update(self.update)
-            if self.phase:
-                if self.phase.active and not self.phase.advance(self.progress):
-                    self.switch_off()
-                self.kd_weight = self.phase.weight(self.progress)
-                self.kd_temperature = self.phase.temperature(self.progress)
+            self._advance()
             yield self.update
+            self._advance()  # so that a checkpoint at the end of the window knows of it
             self.stopped = self.run.should_stop(self.update, now=self.update == stop)
+
+    def _advance(self) -> None:
+        """lambda(u) and T(u) of the update to come; the switch-off where the window ends."""
+        if self.phase:
+            if self.phase.active and not self.phase.advance(self.progress):
+                self.switch_off()
+            self.kd_weight = self.phase.weight(self.progress)
+            self.kd_temperature = self.phase.temperature(self.progress)
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -117,7 +123,7 @@ class Job:
         run, args = self.run, self.run.args
         if args.clip_grad is not None:
             run.accelerator.unscale_gradients()
-            dispatch_clip_grad(self._parameters, args.clip_grad, mode=args.clip_mode)
+            dispatch_clip_grad(self._clipped, args.clip_grad, mode=args.clip_mode)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.update += 1
@@ -126,7 +132,8 @@ class Job:
         taught = float(self.kd_weight > 0)
         self.kd_updates += int(taught)
         run.watch(loss)
-        self.meter += torch.stack([loss, task_loss, kd_loss, *loss.new_tensor([1.0, taught])]).detach()
+        counts = torch.ones_like(loss), torch.full_like(loss, taught)  # made on the device: no copy to wait for
+        self.meter += torch.stack([loss, task_loss, kd_loss, *counts]).detach()
         self.bar.update()
         if not run.clock.running and self.update - self.first >= WARMUP_UPDATES:
             run.clock.start()
@@ -148,7 +155,7 @@ class Job:
         self.run.log(f"epoch {self.progress:.2f} update {self.update}/{self.total} {terms}")
 
     def take_teacher_seconds(self) -> None:
-        """Move the teacher's timings to the clock; call it with the clock paused."""
+        """Move the teacher's timings to the clock."""
         if self.teacher:
             self.run.clock.teacher_seconds += self.teacher.take_seconds()
 
@@ -160,6 +167,8 @@ class Job:
             switch: its metric on the switch split; None where no teacher is active.
         """
         run, record = self.run, self.run.record
+        if not all(map(math.isfinite, metrics.values())):  # the last update may have broken the weights unseen
+            run.fail(f"the evaluation at update {self.update} is not finite: {metrics}")
         losses = run.mean(self.meter)
         self.meter.zero_()
         self.take_teacher_seconds()
@@ -274,6 +283,11 @@ class Job:
             )
         elif self.phase:
             run.log(f"distillation: over ({self.phase.reason}); the teacher is not loaded")
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The widest float of a device, for sums."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def count_flops(step: Callable[[], object]) -> int:

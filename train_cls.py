@@ -266,8 +266,8 @@ def set_up_teacher(args, run: Run, config: dict, data: ImageData) -> Teacher:
         args.teacher, args.teacher_model, args.teacher_kwargs, data.num_classes, args.in_chans, config["input_size"][-1]
     )
     if args.teacher_model and "pretrained_cfg_overlay" not in args.teacher_kwargs:
-        # a bare file says nothing of its inputs: they are taken to be the student's
-        model.pretrained_cfg = {**model.pretrained_cfg, **{k: config[k] for k in ("input_size", "mean", "std")}}
+        # nor of its normalisation: taken to be the student's
+        model.pretrained_cfg = {**model.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
     return Teacher(model, source, run.accelerator, config["mean"], config["std"], args.channels_last)
 
 

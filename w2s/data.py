@@ -1,6 +1,7 @@
 """Image data: the built-in digits and every timm dataset, checked and cut into train, switch and report splits."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -297,6 +298,10 @@ def _load_stream(args, training: Callable, evaluation: Callable, num_classes: in
     train.transform, report.transform = training, evaluation
     if switch is not None:
         switch.transform = evaluation
-    samples = args.train_num_samples or len(train)
+    samples = args.train_num_samples or getattr(train.reader, "num_samples", 0) or len(train)
+    shards = len(getattr(getattr(train.reader, "split_info", None), "filenames", ())) or math.inf
+    readers = max(args.workers, 1) * PartialState().num_processes
+    if shards < readers:
+        raise InputError(f"split '{args.train_split}' has {shards} shards, fewer than {readers} loader workers")
     facts = {"train": samples, "switch": switch.total if switch is not None else 0, "report": report.total}
     return ImageData(train, switch, report, num_classes, samples, facts)

@@ -212,8 +212,9 @@ def train_batches(dataset: Dataset, args, accelerator, start: int, batches: int)
 
 def _stream_batches(dataset, args, accelerator, start: int, batches: int, options: dict) -> Iterator:
     epoch, skip = divmod(start, batches)
-    dataset.set_loader_cfg(num_workers=args.workers)
-    options = {**options, "persistent_workers": False}
+    # at least one worker, made anew for every epoch: its seed is all that shuffling and augmentation hang on
+    options = {**options, "persistent_workers": False, "num_workers": max(args.workers, 1)}
+    dataset.set_loader_cfg(num_workers=options["num_workers"])
     while True:
         left = batches
         dataset.set_epoch(epoch)

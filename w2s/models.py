@@ -35,7 +35,7 @@ def create_model(
         InputError: unknown name, arguments the architecture does not take, weights that cannot be had, no such stem.
     """
     kwargs = {"in_chans": in_chans, **(model_kwargs or {})}
-    if ":" not in name and img_size and pretrained_cfg(name).get("fixed_input_size"):
+    if ":" not in name and pretrained_cfg(name).get("fixed_input_size") and img_size:
         kwargs.setdefault("img_size", img_size)
     if small_stem:
         kwargs["base"], name = name, "small_stem"

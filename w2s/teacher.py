@@ -30,6 +30,8 @@ def load_teacher(
             raise InputError(f"--teacher {spec} is a weights file: name its architecture with --teacher-model")
         model = create_model(model_name, num_classes, in_chans, img_size, model_kwargs=model_kwargs)
         load_weights(model, path)
+        if "pretrained_cfg_overlay" not in model_kwargs:  # a bare file says nothing of its input: the student's size
+            model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (in_chans, img_size, img_size)}
     elif model_name or model_kwargs:
         raise InputError(f"--teacher-model and --teacher-kwargs go with a weights file, but --teacher {spec} is none")
     elif path.is_dir():
@@ -142,7 +144,7 @@ class Teacher:
 
     def release(self) -> None:
         """Free the model's memory. A released teacher cannot be called."""
-        self.model = None
+        self.model = self.scale = self.shift = None
         gc.collect()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()

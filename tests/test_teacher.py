@@ -1,0 +1,422 @@
+"""The frozen teacher: every way to name one, the same pixels in its own normalisation, and that it really goes."""
+
+import gc
+import time
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import accelerate
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from train_cls import build_parser, resolve, set_up_teacher
+from w2s.models import create_model, export
+from w2s.options import InputError
+from w2s.teacher import Teacher, load_teacher
+
+TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}  # of a resnet10t
+TINY_VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@contextmanager
+def fresh_accelerator(**options: object):
+    """An accelerator with options of its own: Accelerate keeps those of the first one made in a process."""
+    accelerate.state.AcceleratorState._reset_state(True)
+    yield accelerate.Accelerator(**options)
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def accelerator():
+    with fresh_accelerator(cpu=True) as made:
+        yield made
+
+
+def model_of(
+    seed: int = 0, size: int = 32, mean=(0.5,) * 3, std=(0.5,) * 3, in_chans: int = 3, num_classes: int = 10
+) -> nn.Module:
+    """A small resnet10t with weights and statistics that show in the logits."""
+    torch.manual_seed(seed)
+    model = create_model("resnet10t", num_classes, in_chans, model_kwargs=TINY)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if key.endswith("running_var"):
+                tensor.uniform_(0.5, 2)
+            elif tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (in_chans, size, size), "mean": mean, "std": std}
+    return model
+
+
+def pixels(batch: int = 4, channels: int = 3, size: int = 32) -> torch.Tensor:
+    """Images in 0-1."""
+    return torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def normalised(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
+    return (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return model.eval()(images)
+
+
+@contextmanager
+def refused(*words: str):
+    """The block ends in an InputError of one line that holds these words."""
+    with pytest.raises(InputError) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+# --- finding one -----------------------------------------------------------------------------------------------------
+
+
+def load(spec: object, name: str | None = None, kwargs: dict | None = None, classes=10, channels=3, size=32):
+    return load_teacher(str(spec), name, kwargs or {}, classes, channels, size)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """What a run leaves: a final and a best model, and the same final weights as files."""
+    folder = tmp_path_factory.mktemp("runs") / "weak"
+    final, best = model_of(seed=1), model_of(seed=2)
+    export(final, folder / "model")
+    export(best, folder / "best")
+    save_file(final.state_dict(), folder / "weights.safetensors")
+    torch.save({"state_dict": final.state_dict(), "arch": "resnet10t", "epoch": 9}, folder / "last.pth")
+    torch.save(final.state_dict(), folder / "plain.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spec", "named", "seed", "place"),
+    [
+        ("{}", False, 1, "model"),
+        ("{}/model", False, 1, "model"),
+        ("{}/best", False, 2, "best"),
+        ("local-dir:{}", False, 1, "model"),
+        ("local-dir:{}/best", False, 2, "best"),
+        ("{}/weights.safetensors", True, 1, "weights.safetensors"),
+        ("{}/last.pth", True, 1, "last.pth"),
+        ("{}/plain.pt", True, 1, "plain.pt"),
+    ],
+)
+def test_every_form_of_teacher_gives_its_model_and_where_it_comes_from(run_folder, spec, named, seed, place):
+    model, source = load(spec.format(run_folder), *(("resnet10t", TINY) if named else ()))
+    assert torch.equal(logits(model, pixels()), logits(model_of(seed=seed), pixels()))
+    assert source == str(run_folder / place)
+
+
+def test_a_folder_named_like_a_weights_file_is_a_folder(tmp_path):
+    export(model_of(seed=1), tmp_path / "run.pth" / "model")
+    assert load(tmp_path / "run.pth")[1] == str(tmp_path / "run.pth" / "model")
+
+
+def test_a_weights_file_without_its_architecture_is_refused(run_folder):
+    with refused("--teacher-model", "weights.safetensors"):
+        load(run_folder / "weights.safetensors")
+
+
+def test_an_architecture_beside_a_run_folder_is_refused(run_folder):
+    with refused("--teacher-model", str(run_folder)):
+        load(run_folder, "resnet10t")
+
+
+@pytest.mark.parametrize("spec", ["nowhere", "nowhere/run", "local-dir:nowhere", "resnet10x", "/nowhere/model"])
+def test_what_is_neither_a_folder_nor_a_model_is_refused(spec):
+    with refused(spec):
+        load(spec)
+
+
+def test_a_missing_weights_file_is_refused():
+    with refused("no weights file", "nowhere.pth"):
+        load("nowhere.pth", "resnet10t")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with refused(str(tmp_path), "no exported model"):
+        load(tmp_path)
+
+
+def test_an_unknown_architecture_is_refused(run_folder):
+    with refused("resnet10x"):
+        load(run_folder / "weights.safetensors", "resnet10x")
+
+
+@pytest.mark.parametrize("form", ["", "/weights.safetensors"])
+def test_a_teacher_of_other_classes_is_refused(run_folder, form):
+    with refused(str(run_folder)):
+        load(f"{run_folder}{form}", *(("resnet10t", TINY) if form else ()), classes=7)
+
+
+def test_a_teacher_of_other_channels_is_refused(run_folder):
+    with refused("3 channels", "student 1"):
+        load(run_folder, channels=1)
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_grey_teacher_fits_grey_images(tmp_path, form):
+    model = model_of(mean=(0.5,), std=(0.5,), in_chans=1)
+    export(model, tmp_path / "model")
+    if form == "folder":
+        found, _ = load(tmp_path, channels=1)
+    else:
+        found, _ = load(tmp_path / "model" / "model.safetensors", "resnet10t", TINY, channels=1)
+    assert torch.equal(logits(found, pixels(channels=1)), logits(model, pixels(channels=1)))
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("vit_tiny_patch16_224", TINY_VIT), ("resnet10t", TINY)])
+def test_a_bare_weights_file_is_given_the_students_pixels_as_they_are(tmp_path, accelerator, name, kwargs):
+    model = create_model(name, 10, img_size=32, model_kwargs=kwargs)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    words = f"--dataset digits --model resnet10t --teacher {tmp_path / 'weights.safetensors'} --teacher-model {name}"
+    args = build_parser().parse_recipe(words.split())
+    args.teacher_kwargs = kwargs
+    config, images = resolve(args), normalised(pixels(), (0.5,) * 3, (0.5,) * 3)
+    run, data = SimpleNamespace(accelerator=accelerator), SimpleNamespace(num_classes=10)
+    assert torch.equal(set_up_teacher(args, run, config, data)(images), logits(model, images))
+
+
+# --- the same pixels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("student", "own"),
+    [
+        (((0.5,) * 3, (0.5,) * 3), IMAGENET),
+        (IMAGENET, ((0.0,) * 3, (1.0,) * 3)),
+        (((0.1, 0.9, 0.4), (0.3, 0.1, 1.0)), IMAGENET),
+        (IMAGENET, IMAGENET),
+    ],
+)
+def test_logits_are_those_of_the_teacher_on_its_own_normalisation(accelerator, student, own):
+    model = model_of(mean=own[0], std=own[1])
+    teacher = Teacher(model, "here", accelerator, *student)
+    expected = logits(model, normalised(pixels(), *own))
+    torch.testing.assert_close(teacher(normalised(pixels(), *student)), expected, atol=1e-5, rtol=1e-5)
+    if student != own:
+        assert not torch.allclose(logits(model, normalised(pixels(), *student)), expected, atol=1e-2)
+
+
+def test_a_teacher_of_the_students_normalisation_and_size_gets_the_very_batch(accelerator):
+    model, images = model_of(), normalised(pixels(), (0.5,) * 3, (0.5,) * 3)
+    assert torch.equal(Teacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(images), logits(model, images))
+
+
+def test_a_grey_student_uses_the_mean_of_a_teachers_colour_statistics(accelerator):
+    model = model_of(mean=IMAGENET[0], std=IMAGENET[1], in_chans=1)
+    own = (sum(IMAGENET[0]) / 3,), (sum(IMAGENET[1]) / 3,)
+    teacher = Teacher(model, "here", accelerator, (0.5,), (0.5,))
+    images = pixels(channels=1)
+    expected = logits(model, normalised(images, *own))
+    torch.testing.assert_close(teacher(normalised(images, (0.5,), (0.5,))), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [24, 48])
+def test_images_are_resized_to_the_size_of_the_teacher(accelerator, size):
+    model, images = model_of(size=size, mean=IMAGENET[0], std=IMAGENET[1]), pixels()
+    own = normalised(images, *IMAGENET)
+    expected = logits(model, F.interpolate(own, (size, size), mode="bicubic", antialias=True))
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    given = Teacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(normalised(images, (0.5,) * 3, (0.5,) * 3))
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+    assert seen == [(4, 3, size, size)]
+
+
+def test_the_batch_of_the_student_is_left_as_it_was(accelerator):
+    teacher = Teacher(model_of(size=48, mean=IMAGENET[0], std=IMAGENET[1]), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+    images = pixels()
+    teacher(images)
+    assert torch.equal(images, pixels())
+
+
+def test_a_teacher_in_channels_last_format_gives_the_same_logits(accelerator):
+    images = pixels()
+    expected = logits(model_of(), images)
+    teacher = Teacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3, channels_last=True)
+    given = teacher(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+# --- frozen ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def teacher(accelerator) -> Teacher:
+    return Teacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_a_teacher_gives_and_takes_no_gradient(teacher):
+    images = pixels().requires_grad_()
+    given = teacher(images)
+    assert not given.requires_grad
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_logits_of_a_teacher_may_enter_a_loss_that_is_differentiated(teacher):
+    student = model_of(seed=3)
+    F.mse_loss(student(pixels()), teacher(pixels())).backward()
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in teacher.model.parameters())
+
+
+def test_a_teacher_stays_in_eval_mode_while_the_student_trains(teacher):
+    student, before = model_of(seed=3), {k: v.clone() for k, v in teacher.model.state_dict().items()}
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    for _ in range(2):
+        student.train()
+        F.mse_loss(student(pixels()), teacher(pixels())).backward()
+        optimizer.step()
+    assert not any(module.training for module in teacher.model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.model.state_dict().items())
+
+
+def test_a_teacher_given_in_training_mode_is_put_in_eval_mode(accelerator):
+    model, images = model_of().train(), pixels()
+    assert torch.equal(Teacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(images), logits(model_of(), images))
+
+
+def test_a_teacher_runs_in_the_precision_of_the_run():
+    with fresh_accelerator(cpu=True, mixed_precision="bf16") as accelerator:
+        given = Teacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)(pixels())
+    assert given.dtype == torch.bfloat16
+
+
+def test_a_teacher_says_what_it_is(teacher):
+    assert (teacher.name, teacher.source) == ("resnet10t", "here")
+    assert teacher.params == sum(p.numel() for p in model_of().parameters())
+
+
+def test_calls_are_counted(teacher):
+    assert teacher.calls == 0
+    for _ in range(3):
+        teacher(pixels(1))
+    assert teacher.calls == 3
+
+
+# --- timed -----------------------------------------------------------------------------------------------------------
+
+
+class Slow(nn.Module):
+    """A model that takes some time in those of its calls that are asked for."""
+
+    pretrained_cfg = {"architecture": "slow", "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}  # noqa: RUF012
+
+    def __init__(self, seconds: float, calls: set[int]) -> None:
+        super().__init__()
+        self.seconds, self.slow_calls, self.count = seconds, calls, 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.count in self.slow_calls:
+            time.sleep(self.seconds)
+        self.count += 1
+        return images.mean((2, 3))
+
+
+def slow_teacher(accelerator, seconds: float, calls: set[int]) -> Teacher:
+    return Teacher(Slow(seconds, calls), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize("calls", [1, 10, 25])
+def test_seconds_are_extrapolated_from_every_tenth_call_to_all_of_them(accelerator, calls):
+    teacher = slow_teacher(accelerator, 0.02, set(range(0, 100, Teacher.SAMPLE)))
+    for _ in range(calls):
+        teacher(pixels(1))
+    assert teacher.take_seconds() >= 0.02 * calls
+
+
+def test_seconds_of_a_real_teacher_are_positive_and_about_those_that_passed(teacher):
+    teacher(pixels())
+    teacher.restart_timer()
+    begin = time.perf_counter()
+    for _ in range(20):
+        teacher(pixels())
+    passed = time.perf_counter() - begin
+    assert 0 < teacher.take_seconds() < 20 * passed
+
+
+def test_seconds_are_taken_once(accelerator):
+    teacher = slow_teacher(accelerator, 0.02, {0})
+    teacher(pixels(1))
+    assert teacher.take_seconds() > 0
+    assert teacher.take_seconds() == 0.0
+
+
+def test_no_calls_take_no_time(teacher):
+    assert teacher.take_seconds() == 0.0
+
+
+def test_calls_before_a_restart_of_the_timer_are_forgotten(accelerator):
+    teacher = slow_teacher(accelerator, 0.2, {0, 1, 2})
+    for _ in range(3):
+        teacher(pixels(1))
+    teacher.restart_timer()
+    teacher(pixels(1))
+    assert 0 < teacher.take_seconds() < 0.2
+    assert teacher.calls == 4
+
+
+# --- released --------------------------------------------------------------------------------------------------------
+
+
+def test_a_released_model_is_gone(teacher):
+    teacher(pixels())
+    model = weakref.ref(teacher.model)
+    tensors = [weakref.ref(p) for p in teacher.model.parameters()]
+    teacher.release()
+    assert model() is None
+    assert all(tensor() is None for tensor in tensors)
+
+
+def test_the_memory_of_a_released_model_is_freed(accelerator):
+    def held() -> int:
+        gc.collect()
+        return sum(t.numel() for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter))
+
+    before = held()
+    teacher = Teacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+    teacher(pixels())
+    assert held() >= before + teacher.params
+    teacher.release()
+    assert held() == before
+
+
+def test_a_released_teacher_can_neither_be_called_nor_come_back(teacher):
+    teacher.release()
+    with pytest.raises(TypeError):
+        teacher(pixels())
+    assert teacher.model is None
+
+
+def test_a_released_teacher_still_says_what_it_was_and_took(teacher):
+    teacher(pixels())
+    teacher.release()
+    assert teacher.take_seconds() > 0
+    assert (teacher.name, teacher.calls) == ("resnet10t", 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_teacher_is_timed_by_the_device_and_its_memory_returned():
+    with fresh_accelerator() as accelerator:
+        empty = torch.cuda.memory_allocated()
+        teacher = Teacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+        teacher(pixels().cuda())
+        torch.cuda.synchronize()
+        assert teacher.take_seconds() > 0
+        weights = sum(p.numel() * 4 for p in teacher.model.parameters())
+        held = torch.cuda.memory_allocated()
+        teacher.release()
+        assert torch.cuda.memory_allocated() <= held - weights
+        assert empty <= held - weights

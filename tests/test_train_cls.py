@@ -1,0 +1,1183 @@
+"""train_cls.py from its command line to what it leaves: real runs of tiny models on the digits, nothing mocked."""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import struct
+import termios
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from conftest import (
+    DIGITS,
+    RESNET,
+    TIMEOUT,
+    VIT,
+    call_script,
+    read_rows,
+    read_summary,
+    run_script,
+    start_script,
+    timeless,
+    watching_forwards,
+    weights_of,
+    words,
+)
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_model_data_config
+
+import train_cls
+from w2s.data import Digits, load_data
+from w2s.models import create_model, export
+from w2s.run import Finished, NonFiniteLoss, Preempted, call_main
+
+HEADER = (
+    "epoch,update,samples,train_seconds,total_seconds,teacher_seconds,pflops,lr,kd_weight,kd_temperature,kd_active,"
+    "train_loss,task_loss,kd_loss,top1,top5,eval_loss,switch_top1\n"
+)
+# all randomness of training at once, and all state
+EVERYTHING = (
+    "--model-ema --model-ema-decay 0.9 --drop 0.2 --drop-path 0.1 --mixup 0.2 --cutmix 0.5 --reprob 0.3 --clip-grad 1 "
+    "--grad-accum-steps 2 --batch-size 16"
+)
+
+
+def run(output: Path, name: str, *parts: object) -> Path:
+    """A run of the ResNet in this process (a model named in `parts` wins); its folder."""
+    call_script(train_cls.main, DIGITS, RESNET, *parts, "--output", output, "--name", name)
+    return output / name
+
+
+def snapshot(folder: Path) -> dict:
+    """Every file under a folder with its bytes and its time."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("*"))
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Equal to the last bit in all that does not measure time."""
+    assert timeless(run) == timeless(other)
+    for part in ("model", "best"):
+        assert weights_of(run, part) == weights_of(other, part), part
+    ours, theirs = read_summary(run), read_summary(other)
+    for key in ("status", "best", "last", "kd_off", "flops", "params", "data"):
+        assert ours[key] == theirs[key], key
+
+
+def timm_logits(folder: Path, images: list[Image.Image]) -> torch.Tensor:
+    """What timm alone makes of an exported model and the data config inside it."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    with torch.no_grad():
+        return model(torch.stack([transform(image.convert("RGB")) for image in images]))
+
+
+def timm_top1(folder: Path) -> float:
+    """Its accuracy on the 597 test digits, in percent."""
+    digits = Digits("test")
+    hits = timm_logits(folder, [image for image, _ in digits]).argmax(1).numpy() == digits.targets
+    return 100 * hits.sum() / 597
+
+
+@contextlib.contextmanager
+def forwards():
+    """The forwards of whole models while it lasts: (parameters, in training, digest of the input), in order."""
+    seen = []
+
+    def see(module: torch.nn.Module, inputs: tuple) -> None:
+        if hasattr(module, "pretrained_cfg") and inputs[0].device.type != "meta":  # the FLOPs are counted on meta
+            digest = hashlib.sha256(inputs[0].contiguous().numpy().tobytes()).hexdigest()
+            seen.append((sum(p.numel() for p in module.parameters()), module.training, digest))
+
+    with watching_forwards(see):
+        yield seen
+
+
+def trained_on(seen: list) -> list[str]:
+    """The digests of the batches that the student trained on."""
+    return [digest for _, training, digest in seen if training]
+
+
+@contextlib.contextmanager
+def sigterm_in_update(update: int, micro_batches: int = 1):
+    """A real SIGTERM in the middle of an update, counted from 0 and from the start of this process."""
+    count = 0
+
+    def see(module: torch.nn.Module, inputs: tuple) -> None:
+        nonlocal count
+        if hasattr(module, "pretrained_cfg") and module.training and inputs[0].device.type != "meta":
+            if count == update * micro_batches:
+                signal.raise_signal(signal.SIGTERM)
+            count += 1
+
+    with watching_forwards(see):
+        yield
+
+
+def preempted_run(update: int, output: Path, name: str, *parts: object) -> Path:
+    """A run that a SIGTERM ends during `update`: saved with one more update done."""
+    micro_batches = 2 if "--grad-accum-steps" in words(*parts) else 1
+    with sigterm_in_update(update, micro_batches), pytest.raises(Preempted, match="--resume auto"):
+        run(output, name, *parts)
+    assert read_summary(output / name)["status"] == "preempted"
+    return output / name
+
+
+# ---- a baseline's run folder ----
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory) -> tuple[Path, list]:
+    """A finished run without a teacher, evaluated twice an epoch, and its forwards."""
+    with forwards() as seen:
+        folder = run(tmp_path_factory.mktemp("baseline"), "baseline", "--evals-per-epoch 2 --target 0.5 99.5")
+    return folder, seen
+
+
+def test_baseline_args_yaml_holds_every_resolved_option(baseline):
+    options = yaml.safe_load((baseline[0] / "args.yaml").read_text())
+    assert set(options) == set(vars(train_cls.build_parser().parse_args([]))) - {"config"}
+    assert options["model_kwargs"] == {"channels": [8, 8, 16, 16], "stem_width": 8}
+    assert (options["lr"], options["batch_size"], options["seed"], options["name"]) == (3e-3, 32, 0, "baseline")
+    assert (options["val_split"], options["hflip"], options["mean"]) == ("test", 0.0, [0.5] * 3)  # the digits' own
+
+
+def test_baseline_metrics_csv(baseline):
+    folder = baseline[0]
+    assert (folder / "metrics.csv").read_text().startswith(HEADER)
+    rows = read_rows(folder)
+    assert [float(row["epoch"]) for row in rows] == [0.5, 1.0, 1.5, 2.0]
+    assert [int(row["update"]) for row in rows] == [2, 4, 6, 8]
+    assert [int(row["samples"]) for row in rows] == [64, 128, 192, 256]
+    update_flops = read_summary(folder)["flops"]["student_update"]
+    assert [float(row["pflops"]) for row in rows] == pytest.approx([n * update_flops / 1e15 for n in (2, 4, 6, 8)])
+    cosine = [3e-3 * (1 + math.cos(math.pi * (n - 1) / 8)) / 2 for n in (2, 4, 6, 8)]  # of the update just done
+    assert [float(row["lr"]) for row in rows] == pytest.approx(cosine)
+    for column in ("train_seconds", "total_seconds"):
+        seconds = [float(row[column]) for row in rows]
+        assert seconds == sorted(seconds) and seconds[-1] > 0
+    for row in rows:
+        assert (row["kd_weight"], row["kd_active"], row["teacher_seconds"]) == ("0.0", "0", "0.0")
+        assert row["kd_temperature"] == row["kd_loss"] == row["switch_top1"] == ""
+        assert row["train_loss"] == row["task_loss"]
+        assert float(row["train_seconds"]) < float(row["total_seconds"])
+        assert 0 <= float(row["top1"]) <= float(row["top5"]) <= 100
+        for column in ("top1", "top5"):  # a count of the 597 test images
+            assert float(row[column]) * 5.97 == pytest.approx(round(float(row[column]) * 5.97))
+
+
+def test_baseline_summary_json(baseline):
+    folder = baseline[0]
+    summary, rows = read_summary(folder), read_rows(folder)
+    assert {"task", "name", "status", "metric", "mode", "best", "last", "targets", "seed"} <= set(summary)
+    assert {"teacher", "kd_off", "flops", "params", "environment"} <= set(summary)
+    assert (summary["task"], summary["name"], summary["status"]) == ("cls", "baseline", "finished")
+    assert (summary["metric"], summary["mode"], summary["seed"]) == ("top1", "max", 0)
+    assert summary["teacher"] is None and summary["kd_off"] is None
+    assert summary["last"] == float(rows[-1]["top1"])
+    assert summary["best"] == max(float(row["top1"]) for row in rows)
+    assert set(summary["targets"]) == {"0.5", "99.5"}
+    axes = ("epoch", "update", "samples", "train_seconds", "total_seconds", "pflops")
+    expected = {"value": float(rows[0]["top1"]), **{axis: float(rows[0][axis]) for axis in axes}}
+    assert summary["targets"]["0.5"] == {"first": expected, "confirmed": expected}
+    assert summary["targets"]["99.5"] == {"first": None, "confirmed": None}
+    assert {"torch", "timm", "accelerate", "device", "processes", "git"} <= set(summary["environment"])
+    assert summary["environment"]["processes"] == 1
+    model = timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
+    assert summary["params"] == sum(p.numel() for p in model.parameters())
+
+
+def test_baseline_files(baseline):
+    folder = baseline[0]
+    assert checkpoints(folder) == ["update-00000004", "update-00000008"]  # the newest two
+    files = {"state.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"}
+    assert {path.name for path in (folder / "checkpoints" / "update-00000008").iterdir()} == files
+    top = {"args.yaml", "log.txt", "metrics.csv", "summary.json", "checkpoints", "best", "model"}
+    assert {path.name for path in folder.iterdir()} == top
+    assert "done: top1" in (folder / "log.txt").read_text()
+
+
+def test_baseline_exports_give_the_reported_top1_through_timm_alone(baseline):
+    folder = baseline[0]
+    rows = [float(row["top1"]) for row in read_rows(folder)]
+    assert timm_top1(folder / "model") == pytest.approx(rows[-1])
+    assert timm_top1(folder / "best") == pytest.approx(max(rows))
+
+
+# ---- with a teacher ----
+
+PHASE = "--kd-weight 2 --kd-warmup 0.5 --kd-hold 0.5 --kd-decay 0.5 --kd-temperature 4 2"
+
+
+@pytest.fixture(scope="module")
+def treated(tmp_path_factory, tiny_teacher) -> tuple[Path, list]:
+    """A run whose distillation ends with its window, evaluated after every update, and its forwards."""
+    with forwards() as seen:
+        folder = run(
+            tmp_path_factory.mktemp("treated"),
+            "treated",
+            PHASE,
+            "--kd-patience 99 --evals-per-epoch 4 --checkpoint-hist 9 --teacher",
+            tiny_teacher,
+        )
+    return folder, seen
+
+
+def test_lambda_and_temperature_follow_the_schedule(treated):
+    rows = read_rows(treated[0])
+    assert [float(row["epoch"]) for row in rows] == [0.25 * k for k in range(1, 9)]
+    for row in rows:
+        u = float(row["epoch"])
+        assert float(row["kd_weight"]) == pytest.approx(np.interp(u, [0, 0.5, 1, 1.5], [0, 2, 2, 0]))
+        if u < 1.5:
+            assert row["kd_active"] == "1"
+            assert float(row["kd_temperature"]) == pytest.approx(4 - 2 * u / 1.5)
+            assert float(row["switch_top1"]) % 5 == pytest.approx(0)  # 20 images
+        if u > 1.5:
+            assert row["kd_active"] == "0" and row["switch_top1"] == ""
+
+
+def test_losses_add_up_with_the_weight_of_their_update(treated):
+    for k, row in enumerate(read_rows(treated[0])):  # one update a row
+        weight = np.interp(k / 4, [0, 0.5, 1, 1.5], [0, 2, 2, 0])
+        assert (row["kd_loss"] != "") == (weight > 0)
+        total = float(row["task_loss"]) + weight * float(row["kd_loss"] or 0)
+        assert float(row["train_loss"]) == pytest.approx(total, rel=1e-5)
+    assert float(read_rows(treated[0])[2]["kd_loss"]) > 0
+
+
+def test_the_end_of_the_window_is_recorded(treated):
+    summary = read_summary(treated[0])
+    assert summary["kd_off"] == {"epoch": 1.5, "update": 6, "reason": "window"}
+    rows, flops = read_rows(treated[0]), summary["flops"]
+    taught = 5  # updates with lambda > 0: all but the first, until the window ends before the seventh
+    total = 8 * flops["student_update"] + taught * flops["teacher_forward"]
+    assert float(rows[-1]["pflops"]) == pytest.approx(total / 1e15)
+    assert flops["student_update"] > flops["teacher_forward"] > 0
+    seconds = [float(row["teacher_seconds"]) for row in rows]
+    assert seconds == sorted(seconds) and 0 < seconds[-1] < float(rows[-1]["train_seconds"])
+
+
+def test_the_teacher_is_scored_first_and_called_only_while_lambda_is_above_zero(treated, tiny_teacher):
+    seen, summary = treated[1], read_summary(treated[0])
+    params = summary["teacher"]["params"]
+    assert params != summary["params"]
+    is_teacher = [size == params for size, _, _ in seen]
+    first_training = next(i for i, (_, training, _) in enumerate(seen) if training)
+    scoring = math.ceil(597 / 32) + 1  # both splits in batches of 32
+    assert is_teacher[:first_training] == [True] * scoring
+    assert not any(training for (_, training, _), teacher in zip(seen, is_teacher, strict=True) if teacher)
+    taught = [digest for (_, _, digest), teacher in zip(seen, is_teacher, strict=True) if teacher][scoring:]
+    assert taught == trained_on(seen)[1:6]  # the same pixels as the student
+
+
+def test_the_teachers_scores_are_those_of_its_export(treated, tiny_teacher):
+    facts = read_summary(treated[0])["teacher"]
+    assert set(facts) == {"model", "switch", "report", "params", "checkpoint"}
+    assert facts["model"] == "resnet10t" and Path(facts["checkpoint"]) == tiny_teacher / "model"
+    assert facts["report"] == read_summary(tiny_teacher)["last"]
+    args = train_cls.build_parser().parse_recipe(words(DIGITS, RESNET))
+    held_out = load_data(args, train_cls.resolve(args), None).switch
+    assert np.bincount(held_out.source.targets[held_out.indices]).tolist() == [2] * 10
+    logits = timm_logits(tiny_teacher / "model", [held_out.source[i][0] for i in held_out.indices])
+    hits = logits.argmax(1).numpy() == held_out.source.targets[held_out.indices]
+    assert facts["switch"] == pytest.approx(100 * hits.mean())
+
+
+def test_the_teacher_is_in_no_file_of_the_student(treated, baseline):
+    plain = load_file(baseline[0] / "model" / "model.safetensors")
+    shapes = {name: tensor.shape for name, tensor in plain.items()}
+    folder = treated[0]
+    for path in [folder / "model", folder / "best", *(folder / "checkpoints").iterdir()]:
+        found = [p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth")]
+        assert sorted(found) in (["model.safetensors"], ["model.safetensors", "optimizer.bin"])
+        tensors = load_file(path / "model.safetensors")
+        assert {name: tensor.shape for name, tensor in tensors.items()} == shapes
+    optimizer = torch.load(folder / "checkpoints" / "update-00000004" / "optimizer.bin", weights_only=True)
+    assert len(optimizer["state"]) == len(list(timm.create_model(f"local-dir:{folder / 'model'}").parameters()))
+
+
+SURPASS = (  # a bar so low that every evaluation is won: off at the second one
+    "--switch-split 0.1 --teacher-score 0.5 --kd-weight 2 --kd-warmup 0 --kd-hold 2 --kd-decay 0 --kd-patience 2 "
+    "--evals-per-epoch 2"
+)
+
+
+@pytest.fixture(scope="module")
+def surpassed(tmp_path_factory, tiny_teacher) -> tuple[Path, list, Path]:
+    """A run that switched its teacher off at epoch 1, its forwards, and its own copy of the teacher."""
+    output = tmp_path_factory.mktemp("surpassed")
+    teacher = shutil.copytree(tiny_teacher, output / "own-teacher")
+    with forwards() as seen:
+        folder = run(output, "surpassed", SURPASS, "--teacher", teacher)
+    return folder, seen, teacher
+
+
+def test_surpass_switches_off_for_good(surpassed):
+    folder, seen, _ = surpassed
+    summary, rows = read_summary(folder), read_rows(folder)
+    assert summary["kd_off"] == {"epoch": 1.0, "update": 4, "reason": "surpass"}
+    assert summary["teacher"]["switch"] == 0.5
+    assert [row["kd_active"] for row in rows] == ["1", "0", "0", "0"]
+    assert [row["kd_weight"] for row in rows[2:]] == ["0.0", "0.0"]
+    assert [row["kd_loss"] != "" for row in rows] == [True, True, False, False]
+    assert [row["switch_top1"] != "" for row in rows] == [True, True, False, False]
+    assert "off for good at epoch 1 (surpass)" in (folder / "log.txt").read_text()
+    fifth = [i for i, (_, training, _) in enumerate(seen) if training][4]
+    assert summary["teacher"]["params"] in {size for size, _, _ in seen[:fifth]}
+    assert {size for size, _, _ in seen[fifth:]} == {summary["params"]}
+
+
+def test_a_switch_off_survives_a_resume_without_the_teachers_files(surpassed):
+    whole, seen, teacher = surpassed
+    command = (whole.parent, "again", SURPASS, "--teacher", teacher)
+    folder = preempted_run(5, *command)
+    assert read_summary(folder)["kd_off"] == {"epoch": 1.0, "update": 4, "reason": "surpass"}
+    shutil.rmtree(teacher)
+    with forwards() as after:
+        run(*command, "--resume auto")
+    assert {size for size, _, _ in after} == {read_summary(folder)["params"]}
+    assert trained_on(after) == trained_on(seen)[6:]
+    assert read_summary(folder)["teacher"] == read_summary(whole)["teacher"]
+    assert_same_run(folder, whole)
+
+
+def test_while_distilling_a_resume_needs_the_teacher(tmp_path, tiny_teacher):
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "own-teacher")
+    folder = preempted_run(1, tmp_path, "run", PHASE, "--teacher", teacher)
+    shutil.rmtree(teacher)
+    before = snapshot(folder)
+    message = refusal(DIGITS, RESNET, PHASE, "--teacher", teacher, "--resume auto --name run --output", tmp_path)
+    assert str(teacher) in message
+    assert snapshot(folder) == before
+
+
+def test_kd_weight_zero_is_bit_equal_to_no_teacher(tmp_path, tiny_teacher, baseline):
+    plain, seen = baseline
+    with forwards() as mine:
+        options = "--evals-per-epoch 2 --target 0.5 99.5 --kd-weight 0 --kd-patience 99 --teacher"
+        folder = run(tmp_path, "zero", options, tiny_teacher)
+    params = read_summary(folder)["teacher"]["params"]
+    first_training = next(i for i, (_, training, _) in enumerate(mine) if training)
+    assert params in {size for size, _, _ in mine[:first_training]}  # it was scored
+    assert params not in {size for size, _, _ in mine[first_training:]}
+    assert trained_on(mine) == trained_on(seen)
+    assert weights_of(folder) == weights_of(plain)
+    for row, other in zip(timeless(folder), timeless(plain), strict=True):
+        differ = {column for column in row if row[column] != other[column]}
+        assert differ <= {"kd_active", "kd_temperature", "switch_top1"}
+
+
+def test_both_arms_see_the_same_batches(treated, baseline):
+    assert trained_on(treated[1]) == trained_on(baseline[1])
+    assert len(set(trained_on(baseline[1]))) == 8
+    assert weights_of(treated[0]) != weights_of(baseline[0])
+
+
+def test_both_arms_see_the_same_mixed_and_erased_images(tmp_path, tiny_teacher):
+    batches = []
+    for name, arm in (("b", []), ("t", ["--kd-warmup", "0", "--teacher", tiny_teacher])):
+        with forwards() as seen:
+            run(tmp_path, name, EVERYTHING, "--epochs 1", arm)
+        batches.append(trained_on(seen))
+    assert len(set(batches[0])) == 8 and batches[0] == batches[1]
+
+
+def test_one_step_is_timms_logit_distillation(tmp_path, tiny_teacher):
+    """The first update of SGD against timm.task.LogitDistillationTask on the same batch: the same weights after it."""
+    before, batch = {}, []
+
+    def see(module: torch.nn.Module, inputs: tuple) -> None:
+        if hasattr(module, "pretrained_cfg") and module.training and inputs[0].device.type != "meta":
+            before.update({k: v.clone() for k, v in module.state_dict().items()})
+            batch.append(inputs[0].clone())
+
+    command = "--train-samples 32 --epochs 1 --opt momentum --weight-decay 0 --lr 0.1 --no-aug --smoothing 0.1"
+    phase = "--kd-weight 1 --kd-warmup 0 --kd-hold 1 --kd-decay 0 --kd-temperature 4 4"
+    with watching_forwards(see):
+        folder = run(tmp_path, "step", command, phase, "--teacher", tiny_teacher)
+    assert len(batch) == 1
+    # the labels, found by the pixels: without augmentation an image is what the evaluation transform makes of it
+    digits = Digits("train")
+    student = timm.create_model(f"local-dir:{folder / 'model'}").train()
+    transform = create_transform(**resolve_model_data_config(student), is_training=False)
+    labels = {transform(image.convert("RGB")).numpy().tobytes(): target for image, target in digits}
+    targets = torch.tensor([labels[image.numpy().tobytes()] for image in batch[0]])
+
+    student.load_state_dict(before)
+    teacher = timm.create_model(f"local-dir:{tiny_teacher / 'model'}", pretrained=True)
+    task = timm.task.LogitDistillationTask(
+        student, teacher, timm.loss.LabelSmoothingCrossEntropy(0.1), distill_loss_weight=1.0, task_loss_weight=1.0,
+        temperature=4.0, device=torch.device("cpu"), verbose=False,
+    )  # fmt: skip
+    task.train()
+    loss = task(batch[0], targets)["loss"]
+    loss.backward()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter -= 0.1 * parameter.grad
+    row, after = read_rows(folder)[0], load_file(folder / "model" / "model.safetensors")
+    assert float(row["train_loss"]) == pytest.approx(loss.item(), rel=1e-6)
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+
+
+# ---- interrupted and resumed ----
+
+
+@pytest.mark.parametrize("kind", ["baseline", "everything"])
+def test_killed_again_and_again_it_ends_in_the_same_bits(kind, tmp_path, tiny_teacher):
+    more = [EVERYTHING, PHASE, "--teacher", tiny_teacher] if kind == "everything" else []
+    command = words(*more, "--epochs 4 --recovery-interval 3")
+    whole = run(tmp_path, "whole", command)
+    log, folder = tmp_path / "killed.log", tmp_path / "killed"
+
+    def start():
+        return start_script(
+            "train_cls", log, DIGITS, RESNET, command, "--workers 1 --resume auto --name killed --output", tmp_path
+        )
+
+    chance = random.Random(kind)
+    newest = []
+    for kill in range(4):
+        known = set(checkpoints(folder))
+
+        def another_checkpoint(known=known):
+            return any(name.startswith("update-") and name not in known for name in checkpoints(folder))
+
+        process = start()
+        assert process.wait_for(another_checkpoint if kill else folder.exists), process.text
+        time.sleep(chance.uniform(0, 0.2) if kill else 0)
+        process.kill()
+        assert process.wait() == [-signal.SIGKILL], process.text
+        newest.append(max((c for c in checkpoints(folder) if c.startswith("update-")), default=None))
+    assert newest[0] is None  # killed before the first checkpoint
+    assert any(int(name.split("-")[1]) % 4 for name in newest[1:])  # and in the middle of an epoch
+    process = start()
+    assert process.wait() == [0], process.text
+    assert "resumed from" in (folder / "log.txt").read_text()
+    assert_same_run(folder, whole)
+    assert checkpoints(folder) == checkpoints(whole) == ["update-00000015", "update-00000016"]
+
+
+FEATURES = {
+    "plain": "",
+    "model-ema": "--model-ema --model-ema-decay 0.9",
+    "drop": "--drop 0.5",
+    "drop-path": "--drop-path 0.5",
+    "mixup": "--mixup 0.5",
+    "reprob": "--reprob 1",
+    "grad-accum": "--grad-accum-steps 2 --batch-size 16",
+    "momentum": "--opt sgd --lr 0.1",
+    "teacher": "--kd-warmup 0.25 --kd-hold 0.25 --kd-decay 0.5 --kd-patience 9",
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_resume_within_an_epoch_ends_in_the_same_bits(feature, tmp_path, tiny_teacher):
+    command = words("--epochs 1", FEATURES[feature], ["--teacher", tiny_teacher] if feature == "teacher" else [])
+    with forwards() as seen:
+        whole = run(tmp_path, "whole", command)
+    with forwards() as mine:
+        folder = preempted_run(1, tmp_path, "resumed", command)
+        assert checkpoints(folder) == ["update-00000002"]
+        run(tmp_path, "resumed", command, "--resume auto")
+    assert trained_on(mine) == trained_on(seen)  # exactly the batches that were left
+    assert_same_run(folder, whole)
+
+
+def test_sigterm_saves_and_exits_75(tmp_path, baseline):
+    command = words(DIGITS, RESNET, "--evals-per-epoch 2 --target 0.5 99.5 --recovery-interval 3 --output", tmp_path)
+    command += ["--name", "run"]
+    process = start_script("train_cls", tmp_path / "log", command)
+    assert process.wait_for((tmp_path / "run" / "checkpoints" / "update-00000003").exists), process.text
+    process.kill(signal.SIGTERM)
+    assert process.wait() == [75], process.text
+    assert re.search(r"^stopped by a signal and saved at update \d+", process.text, re.M)
+    assert read_summary(tmp_path / "run")["status"] == "preempted"
+    process = start_script("train_cls", tmp_path / "log", command, "--resume auto")
+    assert process.wait() == [0], process.text
+    assert_same_run(tmp_path / "run", baseline[0])
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> tuple[Path, Path]:
+    """A run that was preempted at update 3 of 4, with checkpoints at 2 and 3; and the same run uninterrupted."""
+    output = tmp_path_factory.mktemp("stopped")
+    whole = run(output, "whole", "--epochs 1")
+    return preempted_run(2, output, "stopped", "--epochs 1 --recovery-interval 2"), whole
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "state.json"])
+@pytest.mark.parametrize("how", ["cut", "missing"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(name, how, stopped, tmp_path):
+    folder = shutil.copytree(stopped[0], tmp_path / "run")
+    assert checkpoints(folder) == ["update-00000002", "update-00000003"]
+    path = folder / "checkpoints" / "update-00000003" / name
+    if how == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.unlink()
+    run(tmp_path, "run", "--epochs 1 --recovery-interval 2 --resume auto")
+    log = (folder / "log.txt").read_text()
+    warning = next(line for line in log.splitlines() if line.startswith("warning: "))
+    assert "update-00000003" in warning and name in warning
+    assert re.search(r"resumed from \S+update-00000002$", log, re.M)
+    assert_same_run(folder, stopped[1])
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path, baseline):
+    folder = shutil.copytree(baseline[0], tmp_path / "baseline")
+    before = snapshot(folder)
+    with pytest.raises(Finished):
+        run(tmp_path, "baseline", "--evals-per-epoch 2 --target 0.5 99.5 --resume auto")
+    assert snapshot(folder) == before
+
+
+def test_resume_auto_starts_a_run_that_is_not_there_yet(tmp_path, stopped):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.yaml.partial").write_text("aug")  # killed while it wrote its first file
+    assert_same_run(run(tmp_path, "run", "--epochs 1 --resume auto"), stopped[1])
+
+
+def test_resume_from_an_earlier_checkpoint_by_path(tmp_path, treated, tiny_teacher):
+    whole = treated[0]
+    command = words(PHASE, "--kd-patience 99 --evals-per-epoch 4 --teacher", tiny_teacher)
+    checkpoint = whole / "checkpoints" / "update-00000004"
+    copy = run(tmp_path, "copy", command, "--resume", checkpoint)
+    assert_same_run(copy, whole)
+    assert checkpoints(whole) == ["update-00000004", "update-00000008"]  # untouched
+
+    again = shutil.copytree(whole, tmp_path / "again")  # in place: later rows and checkpoints give way
+    run(tmp_path, "again", command, "--resume", again / "checkpoints" / "update-00000004")
+    assert_same_run(again, whole)
+
+
+def test_resume_by_path_does_not_overwrite_another_run(tmp_path, treated, tiny_teacher):
+    other = run(tmp_path, "other", "--dry-run --epochs 1")
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    shutil.copy(treated[0] / "summary.json", other)
+    message = refusal(
+        *(DIGITS, RESNET, PHASE, "--kd-patience 99 --evals-per-epoch 4 --teacher", tiny_teacher, "--resume"),
+        *(treated[0] / "checkpoints" / "update-00000004", "--name other --output", tmp_path),
+    )
+    assert "other" in message
+    assert sorted(path.name for path in other.iterdir()) == ["summary.json", "thesis.txt"]
+
+
+def test_options_that_change_the_result_may_not_change_on_resume(stopped, tmp_path):
+    folder = shutil.copytree(stopped[0], tmp_path / "run")
+    before = snapshot(folder)
+    message = refusal(DIGITS, RESNET, "--epochs 1 --lr 0.5 --resume auto --name run --output", tmp_path)
+    assert "different run" in message and "--lr" in message
+    assert snapshot(folder) == before
+    run(tmp_path, "run", "--epochs 1 --recovery-interval 1 --log-interval 1 --checkpoint-hist 1 --resume auto")
+    assert_same_run(folder, stopped[1])
+
+
+# ---- several processes ----
+
+
+def test_two_processes_train_as_one(tmp_path, tiny_teacher):
+    command = words(
+        *(VIT, "--epochs 1 --evals-per-epoch 4 --kd-weight 1 --kd-warmup 0.25 --kd-hold 0.5 --kd-decay 0.25"),
+        *("--warmup-epochs 0.5 --teacher", tiny_teacher),
+    )
+    one = run(tmp_path, "one", command)
+    done = run_script("train_cls", DIGITS, command, "--batch-size 16 --name two --output", tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    two = tmp_path / "two"
+    exact = ("epoch", "update", "samples", "lr", "kd_weight", "kd_temperature", "kd_active", "pflops")
+    rows, others = read_rows(one), read_rows(two)
+    assert len({row["lr"] for row in rows}) == 4
+    for row, other in zip(rows, others, strict=True):
+        assert {k: row[k] for k in exact} == {k: other[k] for k in exact}
+        for column in ("train_loss", "task_loss", "kd_loss", "top1", "top5", "eval_loss", "switch_top1"):
+            assert (row[column] == "") == (other[column] == ""), column
+            assert float(row[column] or 0) == pytest.approx(float(other[column] or 0), abs=1e-4), column
+    ours, theirs = read_summary(one), read_summary(two)
+    assert (ours["environment"]["processes"], theirs["environment"]["processes"]) == (1, 2)
+    for key in ("data", "flops", "params", "kd_off", "teacher"):
+        assert ours[key] == theirs[key], key
+    assert ours["data"] == {"train": 128, "switch": 20, "report": 597}
+
+
+def evaluated(tmp_path: Path, processes: int, *parts: object) -> dict:
+    """What `--eval-only` prints, which is one line."""
+    log = tmp_path / f"eval-{processes}.log"
+    log.unlink(missing_ok=True)
+    process = start_script("train_cls", log, DIGITS, "--eval-only", *parts, processes=processes)
+    assert process.wait() == [0] * processes, process.text
+    (line,) = [line for line in process.text.splitlines() if line.startswith("{")]
+    return json.loads(line)
+
+
+def test_eval_only_counts_alike_on_one_and_two_processes(baseline, tmp_path):
+    """597 images divide neither by two processes nor by their batches."""
+    folder = baseline[0]
+    before = snapshot(folder)
+    options = words(RESNET, "--name", folder.name, "--output", folder.parent)
+    one = evaluated(tmp_path, 1, options)
+    two = evaluated(tmp_path, 2, options, "--batch-size 16")
+    row = read_rows(folder)[-1]
+    assert one == {name: float(row[name]) for name in ("top1", "top5", "eval_loss")}
+    assert (one["top1"], one["top5"]) == (two["top1"], two["top5"])
+    assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-6)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_two_processes_report_the_metrics_of_the_weights_they_export(weights, tmp_path):
+    """BatchNorm statistics differ between processes; those that are evaluated must be those that are written."""
+    ema = "--model-ema --model-ema-decay 0.5" if weights == "ema" else ""
+    command = words(RESNET, "--epochs 1 --batch-size 16 --name two --output", tmp_path)
+    process = start_script("train_cls", tmp_path / "log", DIGITS, command, ema, processes=2)
+    assert process.wait() == [0, 0], process.text
+    row = read_rows(tmp_path / "two")[-1]
+    alone = evaluated(tmp_path, 1, command)
+    assert alone["eval_loss"] == pytest.approx(float(row["eval_loss"]), rel=1e-6)
+    assert alone["top1"] == pytest.approx(float(row["top1"]))
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_and_they_resume(tmp_path, tiny_teacher):
+    command = words(*(DIGITS, RESNET, "--batch-size 16 --recovery-interval 3 --drop 0.2 --mixup 0.2"))
+    command += words(PHASE, "--teacher", tiny_teacher, "--output", tmp_path)
+    whole = start_script("train_cls", tmp_path / "whole.log", command, "--name whole", processes=2)
+    assert whole.wait() == [0, 0], whole.text
+    process = start_script("train_cls", tmp_path / "log", command, "--name run", processes=2)
+    assert process.wait_for((tmp_path / "run" / "checkpoints" / "update-00000003").exists), process.text
+    process.kill(signal.SIGTERM, rank=1)
+    assert process.wait() == [75, 75], process.text
+    assert process.text.count("stopped by a signal") == 1
+    assert read_summary(tmp_path / "run")["status"] == "preempted"
+    process = start_script("train_cls", tmp_path / "log", command, "--name run --resume auto", processes=2)
+    assert process.wait() == [0, 0], process.text
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_resume_with_another_number_of_processes_is_refused(stopped):
+    folder = stopped[0]
+    before = snapshot(folder)
+    options = words(RESNET, "--epochs 1 --recovery-interval 2 --resume auto --name stopped --output", folder.parent)
+    done = run_script("train_cls", DIGITS, options, processes=2)
+    assert done.returncode == 1  # the launcher's, whatever the script returned
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "1 processes" in line and "has 2" in line
+    assert snapshot(folder) == before
+
+
+# ---- a loss that is not finite ----
+
+EXPLODING = "--epochs 3 --sched step --decay-epochs 1 --decay-rate 1e25 --lr 1e-3"  # from the second epoch on
+
+
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    process = start_script("train_cls", tmp_path / "log", DIGITS, RESNET, EXPLODING, "--name run --output", tmp_path)
+    assert process.wait() == [3], process.text
+    (line,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
+    folder = tmp_path / "run"
+    assert checkpoints(folder) == ["update-00000004"]
+    assert "not finite" in line and str(folder / "checkpoints" / "update-00000004") in line
+    assert read_summary(folder)["status"] == "failed"
+    kept = load_file(folder / "checkpoints" / "update-00000004" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+    assert not (folder / "model").exists()
+
+
+def test_a_non_finite_loss_before_any_checkpoint(tmp_path):
+    with pytest.raises(NonFiniteLoss, match="No checkpoint"):
+        run(tmp_path, "run", "--lr 1e20 --epochs 5 --opt sgd --sched constant")
+    assert read_summary(tmp_path / "run")["status"] == "failed"
+
+
+def test_on_a_terminal_the_error_stands_on_a_line_of_its_own(tmp_path):
+    """Not behind the progress bar."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # tqdm draws nothing on 0 columns
+    shown = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the terminal is closed
+            while chunk := os.read(master, 65536):
+                shown.append(chunk)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    process = start_script(
+        "train_cls", Path(os.ttyname(slave)), DIGITS, RESNET, EXPLODING, "--epochs 2 --name run --output", tmp_path
+    )
+    for child in process.processes:
+        child.join(TIMEOUT)
+    os.close(slave)
+    reader.join(10)
+    os.close(master)
+    lines = re.split(r"[\r\n]+", b"".join(shown).decode())
+    assert any("update" in line and "/8" in line for line in lines)  # there was a bar
+    assert sum(line.startswith("error: ") for line in lines) == 1, lines[-3:]
+
+
+# ---- bad input ----
+
+
+def refusal(*parts: object) -> str:
+    """The one line with which the script refuses a command line, after exit code 2."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as exit:
+        call_main(lambda: call_script(train_cls.main, *parts))
+    assert exit.value.code == 2
+    lines = [line for line in stderr.getvalue().splitlines() if line]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and lines[-1] == errors[0], lines
+    assert not any("Traceback" in line for line in lines)
+    return errors[0]
+
+
+RECIPES = {  # what is wrong: recipe, words of the message
+    "unknown key": ("epoch: 3", ["'epoch'", "epochs"]),
+    "text for a number": ("epochs: many", ["epochs", "many"]),
+    "fraction for an integer": ("epochs: 2.5", ["epochs", "2.5"]),
+    "list for one value": ("epochs: [1, 2]", ["epochs"]),
+    "number for a switch": ("model-ema: 3", ["model-ema", "true or false"]),
+    "switch for a number": ("mixup: true", ["mixup", "True"]),
+    "mapping for a value": ("lr: {a: 1}", ["lr"]),
+    "value for a mapping": ("model-kwargs: 3", ["model-kwargs", "mapping"]),
+    "no mapping": ("- epochs", ["mapping"]),
+    "no YAML": ("epochs: [1", ["YAML"]),
+    "not among the choices": ("log-with: paper", ["log-with", "paper"]),
+}
+
+
+@pytest.mark.parametrize("what", RECIPES)
+def test_a_bad_recipe_is_refused(what, tmp_path):
+    recipe, needed = RECIPES[what]
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    message = refusal("-c", tmp_path / "recipe.yaml", "--output", tmp_path / "out")
+    assert all(word in message for word in ["recipe.yaml", *needed]), message
+    assert not (tmp_path / "out").exists()
+
+
+COMMANDS = {  # what is wrong: options, words of the message
+    "unknown option": ("--epoch 3", ["--epoch"]),
+    "zero epochs": ("--epochs 0", ["--epochs", "at least 1"]),
+    "missing recipe": ("-c nowhere.yaml", ["nowhere.yaml"]),
+    "unknown model": ("--model resnet1O", ["resnet1O", "did you mean"]),
+    "argument without a value": ("--model-kwargs depth", ["--model-kwargs", "depth"]),
+    "statistics of two channels": ("--mean 0.5 0.5", ["--mean", "3"]),
+    "model arguments": ("--model-kwargs colour=3", ["resnet10t", "colour"]),
+    "unknown optimiser": ("--opt adamv", ["adamv"]),
+    "impossible optimiser": ("--opt adamw --lr=-1", ["adamw", "-1"]),
+    "unknown schedule": ("--sched cosinus", ["cosinus"]),
+    "schedule on a metric": ("--sched plateau", ["plateau"]),
+    "warm-up longer than the run": ("--warmup-epochs 3", ["--warmup-epochs", "3"]),
+    "no dataset": ("--dataset=", ["--dataset", "--data-dir"]),
+    "unknown dataset": ("--dataset nodigits", ["nodigits"]),
+    "missing folder": ("--dataset= --data-dir /nowhere/at-all", ["/nowhere/at-all"]),
+    "missing hub dataset": ("--dataset hfds/nobody/nothing-here", ["nobody/nothing-here"]),
+    "unknown split": ("--val-split validation", ["validation", "test"]),
+    "label out of range": ("--num-classes 9", ["label 9", "0..8"]),
+    "class with no image": ("--num-classes 11", ["class 10", "no image"]),
+    "more images than there are": ("--train-samples 5000", ["--train-samples", "5000"]),
+    "fewer images than one update": ("--batch-size 129", ["128", "129", "--batch-size"]),
+    "channels": ("--in-chans 4", ["--in-chans", "1 or 3"]),
+    "odd batch to mix": ("--mixup 0.2 --batch-size 31", ["--batch-size", "even"]),
+    "target zero": ("--target 0", ["--target", "0"]),
+    "target above 100": ("--target 65 101", ["--target", "101"]),
+    "target of another metric": ("--target top5=90", ["top5", "top1"]),
+    "target no number": ("--target high", ["high"]),
+    "switch split": ("--switch-split 1.5", ["--switch-split", "1.5"]),
+    "resume of nothing": ("--resume /nowhere/checkpoint", ["/nowhere/checkpoint", "no checkpoint"]),
+    "no model to evaluate": ("--eval-only", ["model"]),
+    "missing start": ("--initial-checkpoint /nowhere/w.safetensors", ["/nowhere/w.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("what", COMMANDS)
+def test_a_bad_command_is_refused(what, tmp_path):
+    options, needed = COMMANDS[what]
+    message = refusal(DIGITS, RESNET, options, "--name run --output", tmp_path / "out")
+    assert all(word in message for word in needed), message
+    assert list(tmp_path.iterdir()) == []
+
+
+KD = {  # what is wrong: options beside a good teacher, words of the message
+    "window longer than the run": ("--kd-warmup 1 --kd-hold 1 --kd-decay 0.5", ["2.5", "longer", "2"]),
+    "three temperatures": ("--kd-temperature 6 3 1", ["--kd-temperature", "3"]),
+    "temperature zero": ("--kd-temperature 0", ["temperature"]),
+    "negative weight": ("--kd-weight=-1", ["--kd-weight", "-1"]),
+    "patience zero": ("--kd-patience 0", ["--kd-patience"]),
+    "unknown end": ("--kd-off sometimes", ["--kd-off", "sometimes"]),
+    "nothing held out": ("--switch-split 0", ["--switch-split"]),
+}
+
+
+@pytest.mark.parametrize("what", KD)
+def test_a_bad_distillation_option_is_refused(what, tmp_path, tiny_teacher):
+    options, needed = KD[what]
+    message = refusal(DIGITS, RESNET, "--teacher", tiny_teacher, options, "--name run --output", tmp_path / "out")
+    assert all(word in message for word in needed), message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "needed"),
+    {
+        "other classes": ["7 classes", "10"],
+        "other channels": ["1 channels", "3"],
+        "missing folder": ["nowhere"],
+        "folder without a model": ["empty", "no exported model"],
+        "missing weights": ["model.safetensors"],
+        "truncated weights": ["model.safetensors", "cannot read"],
+        "weights of another architecture": ["model.safetensors"],
+        "file without its architecture": ["--teacher-model"],
+        "architecture without its file": ["--teacher-model"],
+        "file of another architecture": ["vit.safetensors", "another architecture"],
+        "missing file": ["nothing.safetensors"],
+        "damaged config": ["cannot build the model", "JSON"],
+    }.items(),
+)
+def test_a_bad_teacher_is_refused(what, needed, tmp_path, tiny_teacher):
+    teacher, more = tmp_path / "teacher", ""
+    narrow = {"channels": (8, 8, 8, 8), "stem_width": 8}
+    if what == "other classes":
+        export(create_model("resnet10t", 7, model_kwargs=narrow), teacher)
+    elif what == "other channels":
+        export(create_model("resnet10t", 10, 1, model_kwargs=narrow), teacher)
+    elif what == "missing folder":
+        teacher = tmp_path / "nowhere"
+    elif what == "folder without a model":
+        teacher = tmp_path / "empty"
+        teacher.mkdir()
+    elif what == "architecture without its file":
+        teacher, more = tiny_teacher, "--teacher-model resnet10t"
+    elif what == "file of another architecture":
+        export(create_model("vit_tiny_patch16_224", 10, model_kwargs={"embed_dim": 24, "depth": 1}), tmp_path / "vit")
+        teacher = (tmp_path / "vit" / "model.safetensors").rename(tmp_path / "vit.safetensors")
+        more = "--teacher-model resnet10t"
+    elif what == "missing file":
+        teacher, more = tmp_path / "nothing.safetensors", "--teacher-model resnet10t"
+    else:
+        shutil.copytree(tiny_teacher / "model", teacher)
+        weights = teacher / "model.safetensors"
+        if what == "missing weights":
+            weights.unlink()
+        elif what == "truncated weights":
+            os.truncate(weights, weights.stat().st_size // 2)
+        elif what == "weights of another architecture":
+            export(create_model("resnet10t", 10, model_kwargs=narrow | {"channels": (8, 8, 8, 16)}), tmp_path / "other")
+            shutil.copy(tmp_path / "other" / "model.safetensors", weights)
+        elif what == "file without its architecture":
+            teacher = weights
+        elif what == "damaged config":
+            (teacher / "config.json").write_text('{"architecture": ')
+    message = refusal(DIGITS, RESNET, "--teacher", teacher, more, "--name run --output", tmp_path / "out")
+    assert all(word in message for word in needed), message
+    assert not (tmp_path / "out").exists()
+
+
+def image_folder(root: Path, train: int = 8, val: int = 4) -> Path:
+    """An image folder of two classes with digits in them."""
+    digits = Digits("train")
+    for split, count in (("train", train), ("val", val)):
+        for digit in (0, 1):
+            (root / split / f"class{digit}").mkdir(parents=True)
+            for k, row in enumerate(np.flatnonzero(digits.targets == digit)[:count]):
+                digits[row][0].resize((16, 16)).save(root / split / f"class{digit}" / f"{k}.png")
+    return root
+
+
+FOLDER = (
+    "--img-size 16 --batch-size 8 --epochs 1 --workers 0 --opt adamw --lr 1e-3 --switch-split 0.1 --check-images -1 "
+    "--val-split val --data-dir"
+)
+
+
+def damage(path: Path, how: str) -> None:
+    """Make an image unreadable in one of the ways that downloads do."""
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("<html>404</html>")
+    elif how == "cut":
+        os.truncate(path, path.stat().st_size * 2 // 3)
+    else:  # flipped bits in the compressed data
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2 : len(data) // 2 + 20] = bytes(20)
+        path.write_bytes(data)
+
+
+def test_an_image_folder_trains(tmp_path):
+    data = image_folder(tmp_path / "data")
+    call_script(train_cls.main, RESNET, FOLDER, data, "--name run --output", tmp_path)
+    assert read_summary(tmp_path / "run")["data"] == {"train": 14, "switch": 2, "report": 8}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("how", ["empty", "text", "cut", "bits"])
+def test_a_corrupt_image_is_named(how, split, tmp_path):
+    data = image_folder(tmp_path / "data")
+    damage(data / split / "class1" / "2.png", how)
+    message = refusal(RESNET, FOLDER, data, "--name run --output", tmp_path / "out")
+    assert "corrupt image" in message and "class1/2.png" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corrupt_image_is_named_in_training_too(tmp_path):
+    """Nothing was decoded beforehand, and a loader's worker meets it."""
+    data = image_folder(tmp_path / "data")
+    for k in range(8):
+        damage(data / "train" / "class1" / f"{k}.png", "cut")
+    options = words(RESNET, FOLDER, data, "--check-images 0 --workers 1 --name run --output", tmp_path / "out")
+    process = start_script("train_cls", tmp_path / "log", options)
+    assert process.wait() == [2], process.text
+    (line,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
+    assert "corrupt image" in line and "class1/" in line and "Traceback" not in process.text
+
+
+@pytest.mark.parametrize(
+    ("what", "needed"),
+    {
+        "empty split": ["val"],
+        "missing split": ["val"],
+        "class with no image": ["class1"],
+        "class only in val": ["class2"],
+        "one image": ["class 1", "switch split"],
+    }.items(),
+)
+def test_a_bad_image_folder_is_refused(what, needed, tmp_path):
+    data = image_folder(tmp_path / "data")
+    if what == "empty split":
+        for path in (data / "val").rglob("*.png"):
+            path.unlink()
+    elif what == "missing split":
+        shutil.rmtree(data / "val")
+    elif what == "class with no image":
+        for path in (data / "train" / "class1").iterdir():
+            path.unlink()
+    elif what == "class only in val":
+        shutil.copytree(data / "val" / "class1", data / "val" / "class2")
+    else:
+        for k in range(1, 8):
+            (data / "train" / "class1" / f"{k}.png").unlink()
+    message = refusal(RESNET, FOLDER, data, "--name run --output", tmp_path / "out")
+    assert all(word in message for word in needed), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_taken_is_refused(baseline):
+    folder = baseline[0]
+    before = snapshot(folder)
+    command = words(DIGITS, RESNET, "--name baseline --output", folder.parent)
+    assert "--resume auto" in refusal(command, "--evals-per-epoch 2 --target 0.5 99.5")
+    message = refusal(command, "--resume auto --evals-per-epoch 1")
+    assert "different run" in message
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("resume", ["", "--resume auto"])
+@pytest.mark.parametrize("what", ["a folder of something else", "a file", "below a file"])
+def test_an_output_that_cannot_be_is_refused(what, resume, tmp_path):
+    name, output = "run", tmp_path
+    if what == "a folder of something else":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    elif what == "a file":
+        (tmp_path / "run").write_text("years of work")
+    else:
+        (tmp_path / "file").write_text("years of work")
+        output = tmp_path / "file" / "out"
+    before = snapshot(tmp_path)
+    message = refusal(DIGITS, RESNET, resume, "--name", name, "--output", output)
+    assert str(tmp_path) in message
+    assert snapshot(tmp_path) == before
+
+
+def test_resume_of_a_folder_that_is_no_checkpoint_is_refused(tmp_path, baseline):
+    command = words(DIGITS, RESNET, "--evals-per-epoch 2 --target 0.5 99.5 --name run --output", tmp_path / "out")
+    folder = baseline[0]
+    assert "no checkpoint" in refusal(command, "--resume", folder)  # a run is none
+    broken = shutil.copytree(folder / "checkpoints" / "update-00000004", tmp_path / "broken")
+    os.truncate(broken / "optimizer.bin", 100)
+    message = refusal(command, "--resume", broken)
+    assert "truncated" in message and "optimizer.bin" in message
+    message = refusal(command, "--lr 0.1 --resume", folder / "checkpoints" / "update-00000004")
+    assert "different run" in message and "--lr" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_wandb_without_a_key_names_the_way_offline(tmp_path):
+    nobody = dict.fromkeys(("WANDB_MODE", "WANDB_API_KEY"), "")
+    nobody |= {"HOME": tmp_path, "NETRC": tmp_path / "netrc", "WANDB_CONFIG_DIR": tmp_path / "config"}
+    options = words(DIGITS, RESNET, "--log-with wandb --name run --output", tmp_path / "out")
+    process = start_script("train_cls", tmp_path / "log", options, env=nobody)
+    assert process.wait() == [2], process.text
+    (line,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
+    assert "WANDB_MODE=offline" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_itself(tmp_path, baseline):
+    """`python train_cls.py`: exit codes 2 and 0."""
+    (tmp_path / "recipe.yaml").write_text("dataset: digits\nepoch: 3\n")
+    done = run_script("train_cls", "-c", tmp_path / "recipe.yaml", "--output", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "'epoch'" in line
+
+    command = words(DIGITS, RESNET, "--evals-per-epoch 2 --target 0.5 99.5 --resume auto --name baseline --output")
+    done = run_script("train_cls", command, baseline[0].parent)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "finished" in done.stderr and "error" not in done.stderr
+
+
+# ---- recipes, dry runs, evaluation, trackers ----
+
+
+def test_the_command_line_overrides_the_recipe(tmp_path):
+    recipe = {"dataset": "digits", "img_size": 16, "train-samples": 32, "batch-size": 16, "lr": 1.0, "opt": "adamw"}
+    recipe |= {"model": "resnet10t", "model-kwargs": {"channels": [8, 8, 8, 8], "stem_width": 8}, "epochs": 3}
+    recipe |= {"target": [65, 80], "model-ema": True, "workers": 0, "scale": [0.5, 1], "name": None}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["-c", tmp_path / "tiny.yaml", "--epochs", "1", "--lr", "1e-3", "--no-model-ema", "--target", "70"]
+    call_script(train_cls.main, command, "--output", tmp_path)
+    options = yaml.safe_load((tmp_path / "tiny-seed0" / "args.yaml").read_text())
+    assert (options["epochs"], options["lr"], options["model_ema"], options["target"]) == (1, 1e-3, False, ["70"])
+    assert (options["scale"], options["batch_size"], options["img_size"]) == ([0.5, 1.0], 16, 16)
+
+
+def test_args_yaml_is_a_recipe_that_repeats_the_run(baseline, tmp_path):
+    call_script(train_cls.main, "-c", baseline[0] / "args.yaml", "--name again --output", tmp_path)
+    assert_same_run(tmp_path / "again", baseline[0])
+
+
+DRY = {
+    "muon": (VIT, "--opt muon"),
+    "lamb": ("--opt lamb",),
+    "sgd": ("--opt sgd --sched step --warmup-epochs 1",),
+    "layer decay": (VIT, "--layer-decay 0.7"),
+    "bce": ("--bce-loss --bce-target-thresh 0.2",),
+    "bce, mixed": ("--bce-loss --mixup 0.2",),
+    "cutmix": ("--cutmix 1 --mixup-off-epoch 1",),
+    "small stem": ("--small-stem",),
+    "one channel": ("--in-chans 1",),
+    "policy": ("--aa rand-m9-mstd0.5 --pad-crop 2 --crop-pct 0.9",),
+}
+
+
+@pytest.mark.parametrize("what", DRY)
+def test_a_dry_run_trains_and_leaves_nothing(what, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # --output is the default
+    call_script(train_cls.main, DIGITS, RESNET, *DRY[what], "--log-with tensorboard --log-interval 1 --dry-run")
+    losses = re.findall(r"update \d+/3 loss (\S+)", capsys.readouterr().err)
+    assert len(losses) == 3 and all(0 < float(loss) < 100 for loss in losses)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_with_a_teacher_leaves_a_run_of_that_name_alone(tmp_path, tiny_teacher):
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    before = snapshot(tmp_path)
+    with forwards() as seen:
+        run(tmp_path, "teacher", "--kd-warmup 0 --dry-run --teacher", teacher)
+    assert len(trained_on(seen)) == 3
+    assert snapshot(tmp_path) == before
+
+
+def test_eval_only_prints_one_json_line(baseline, tmp_path, capsys):
+    folder = baseline[0]
+    rows = read_rows(folder)
+    best = max(rows, key=lambda row: float(row["top1"]))
+    for part, row in (("best", best), ("model/model.safetensors", rows[-1])):
+        run(tmp_path, "none", "--eval-only --validation-batch-size 64 --initial-checkpoint", folder / part)
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1
+        metrics = json.loads(out)
+        assert metrics == pytest.approx({name: float(row[name]) for name in ("top1", "top5", "eval_loss")}, rel=1e-6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_every_evaluation(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run(tmp_path, "run", "--epochs 1 --evals-per-epoch 2 --log-with tensorboard")
+    files = list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+    scalars = {}
+    for parent in {file.parent for file in files}:
+        events = EventAccumulator(str(parent)).Reload()
+        scalars |= {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    for tag, column in (("eval/top1", "top1"), ("eval/eval_loss", "eval_loss"), ("eval/lr", "lr"), ("epoch", "epoch")):
+        expected = [(int(row["update"]), pytest.approx(float(row[column]), rel=1e-6)) for row in read_rows(folder)]
+        assert [(event.step, event.value) for event in scalars[tag]] == expected, tag
+
+
+def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path):
+    command = words(DIGITS, RESNET, "--recovery-interval 3 --log-with wandb --name run --output", tmp_path)
+    process = start_script("train_cls", tmp_path / "log", command)
+    folder = tmp_path / "run"
+    assert process.wait_for((folder / "checkpoints" / "update-00000003").exists), process.text
+    process.kill(signal.SIGTERM)
+    assert process.wait() == [75], process.text
+    process = start_script("train_cls", tmp_path / "log", command, "--resume auto")
+    assert process.wait() == [0], process.text
+    runs = sorted((folder / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert len({path.name.rsplit("-", 1)[1] for path in runs}) == 1
+    logged = b"".join(path.read_bytes() for path in folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert b"eval/top1" in logged and b"by_train_seconds/top1" in logged
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "run"]
+
+
+# ---- variants of the model ----
+
+
+def test_torch_compile_leaves_plain_names(tmp_path, tiny_teacher):
+    folder = run(tmp_path, "run", "--torchcompile eager --epochs 1 --model-ema --kd-warmup 0 --teacher", tiny_teacher)
+    for path in (folder / "model", folder / "best", folder / "checkpoints" / "update-00000004"):
+        for file in path.glob("*.safetensors"):
+            assert not [name for name in load_file(file) if "_orig_mod" in name]
+    assert timm_top1(folder / "model") == pytest.approx(read_summary(folder)["last"])
+
+
+@pytest.mark.parametrize("more", ["", "--model-ema --model-ema-decay 0.5"])
+def test_channels_last(more, tmp_path, tiny_teacher):
+    folder = run(tmp_path, "run", "--channels-last --epochs 1 --kd-warmup 0 --teacher", tiny_teacher, more)
+    assert timm_top1(folder / "model") == pytest.approx(read_summary(folder)["last"])
+
+
+def test_the_moving_average_is_evaluated_and_exported(tmp_path):
+    folder = run(tmp_path, "run", "--model-ema --model-ema-decay 0.5 --epochs 1")
+    assert read_summary(folder)["weights"] == "ema"
+    checkpoint = folder / "checkpoints" / "update-00000004"
+    exported, raw = load_file(folder / "model" / "model.safetensors"), load_file(checkpoint / "model.safetensors")
+    average = load_file(checkpoint / "ema.safetensors")
+    assert exported.keys() == raw.keys() == average.keys()
+    assert all(torch.equal(exported[name], average[name]) for name in exported)
+    assert not torch.equal(exported["fc.weight"], raw["fc.weight"])
+    assert timm_top1(folder / "model") == pytest.approx(read_summary(folder)["last"])
+
+
+def test_an_export_with_another_stem_and_one_channel_is_a_teacher(tmp_path):
+    """What train_cls.py writes is what --teacher takes, whatever the model."""
+    grey = words("--in-chans 1 --small-stem --epochs 1")
+    teacher = run(tmp_path, "teacher", grey)
+    folder = run(tmp_path, "student", grey, "--kd-warmup 0 --teacher", teacher)
+    assert read_summary(folder)["teacher"]["report"] == read_summary(teacher)["last"]

@@ -381,7 +381,7 @@ REFUSALS = {
     ),
     "bad cell": (in_csv("62", "sixty"), "metrics.csv line 5: could not convert string to float: 'sixty'"),
     "cut line": (in_csv("5.0,50,", "5.0\n"), "metrics.csv line 6: 1 cells where the header has 16"),
-    "binary": (lambda run: (run / "metrics.csv").write_bytes(b"\x89PNG\xff"), "metrics.csv is not CSV"),
+    "binary": (lambda run: (run / "metrics.csv").write_bytes(b"\x89PNG\xff"), "metrics.csv is no CSV file"),
     "no rows": (lambda run: drop_rows(run, 0), "metrics.csv has no rows"),
     "empty file": (lambda run: (run / "metrics.csv").write_text(""), "metrics.csv is empty"),
     "no column": (in_csv("top1", "top5"), "metrics.csv has no column 'top1'"),

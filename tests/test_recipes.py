@@ -233,7 +233,7 @@ def bash(code: str, *argv: object, **env: object) -> subprocess.CompletedProcess
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 

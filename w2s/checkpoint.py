@@ -47,9 +47,9 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
         fsync(root)
-        others = [path for path in root.glob("update-*") if path != final]
-        others.sort(key=lambda path: (path < final, path.name))  # ones after this update are of a run gone back on
-        for old in others[: max(len(others) - keep + 1, 0)]:
+        paths = sorted(root.glob("update-*"))
+        here = paths.index(final) + 1
+        for old in paths[: max(here - keep, 0)] + paths[here:]:  # later ones: the run was taken up from before them
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
@@ -79,7 +79,7 @@ def read_state(path: Path) -> dict:
         raise InputError(f"--resume: {path} is no checkpoint (it has no state.json)")
     try:
         state = json.loads((path / "state.json").read_text())
-        sizes = state["files"]
+        sizes = dict(state["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"checkpoint {path} is truncated: state.json") from None
     for name, size in sizes.items():

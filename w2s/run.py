@@ -132,7 +132,7 @@ class Run:
                 raise InputError(f"{self.folder} is not empty and holds no run; choose another --name or --output")
             if not resume:
                 raise InputError(f"{self.folder} holds a run: go on with --resume auto, or choose another --name")
-            self._same_options(yaml.safe_load((self.folder / "args.yaml").read_text()), str(self.folder))
+            self._same_options(_read_options(self.folder / "args.yaml"), str(self.folder))
             if _read_json(self.folder / "summary.json").get("status") == "finished":
                 raise Finished(f"{self.folder} is already finished")
             self.checkpoint, self.state = newest_state(self.folder / "checkpoints", self.log)
@@ -377,6 +377,16 @@ def _plain(options: dict) -> dict:
         return value
 
     return {key: simple(value) for key, value in options.items() if key != "config"}
+
+
+def _read_options(path: Path) -> dict:
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        options = None
+    if not isinstance(options, dict):
+        raise InputError(f"{path} is damaged; resume one of the run's checkpoints with --resume PATH")
+    return options
 
 
 def _read_json(path: Path) -> dict:

@@ -156,6 +156,7 @@ def resolve(args) -> dict:
         values = tuple(getattr(args, name) or config[name])
         same = len(values) == args.in_chans
         config[name] = values if same else (sum(values) / len(values),) * args.in_chans
+        setattr(args, name, list(config[name]))
     if args.crop_pct is None and max(config["input_size"][-2:]) <= 64:
         config["crop_pct"] = 1.0
     return config

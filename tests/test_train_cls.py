@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import timm.task
 import torch
 import yaml
 from conftest import (

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,9 +126,9 @@ class Run:
             self.state = read_state(self.checkpoint)
             self._same_options(self.state["args"], str(self.checkpoint))
             own = self.checkpoint.resolve().parent == (self.folder / "checkpoints").resolve()
-            if not own and self.folder.exists() and any(self.folder.iterdir()):
+            if not own and _occupied(self.folder):
                 raise InputError(f"{self.folder} holds a run of its own, not that of {resume}; choose another --name")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif _occupied(self.folder):
             if not (self.folder / "args.yaml").is_file():
                 raise InputError(f"{self.folder} is not empty and holds no run; choose another --name or --output")
             if not resume:
@@ -174,6 +175,10 @@ class Run:
         writes = self.keeps and self.is_main
         if writes:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.checkpoint and not (self.folder / "best").exists():  # taken up in another folder
+                best = self.checkpoint.resolve().parent.parent / "best"
+                if best.is_dir():
+                    shutil.copytree(best, self.folder / "best")
             with replacing(self.folder / "args.yaml") as file:
                 yaml.safe_dump(_plain(vars(self.args)), file, sort_keys=True)
             self._log_file = open(self.folder / "log.txt", "a")  # noqa: SIM115 - lives as long as the run
@@ -351,6 +356,11 @@ def _wandb_key(wandb) -> str | None:
         return wandb.api.api_key
     except Exception:  # no settings file, no netrc: the same as no key
         return None
+
+
+def _occupied(folder: Path) -> bool:
+    """Whether a folder holds more than a file that a kill left half-written."""
+    return folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir())
 
 
 def _check_writable(folder: Path) -> None:

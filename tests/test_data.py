@@ -326,6 +326,12 @@ def test_only_small_images_are_kept_in_memory(tmp_path):
     assert sorted(load("", root, switch_split="0").train.decoded) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("changes", [{"aa": "nonsense"}, {"train_interpolation": "nonsense"}, {"remode": "nonsense"}])
+def test_augmentation_that_timm_does_not_know_is_refused(changes):
+    with refused("transforms"):
+        load(reprob=0.5, **changes)
+
+
 def test_a_dry_run_reports_on_a_few_batches_only():
     data = load(dry_run=True, batch_size=8, switch_split="0.1", check_images=0)
     assert (len(data.report), len(data.switch), len(data.train)) == (32, 32, 1080)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import multiprocessing
 import os
 import random
 import shutil
@@ -60,14 +61,15 @@ def call_main(main: Callable[[], None]) -> None:
         message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
         sys.stdout.flush()
         if rank == 0:
-            print(f"{'' if code in (0, 75) else 'error: '}{message}", file=sys.stderr, flush=True)
+            start = "\n" if sys.stderr.isatty() else ""  # a progress bar may stand on the line
+            print(f"{start}{'' if code in (0, 75) else 'error: '}{message}", file=sys.stderr, flush=True)
         elif code == 2:  # perhaps this process alone saw it: a missing disk, a corrupt image
             print(f"process {rank}: {message}", file=sys.stderr, flush=True)
     except BaseException:
-        # Printed here, so that the frames go, and with them the loader: its workers outlive the signal that
-        # multiprocessing would send them at exit, and would be waited for without end.
         sys.excepthook(*sys.exc_info())
         code = 1
+    for worker in multiprocessing.active_children():
+        worker.kill()  # loader workers ignore the gentle signal of an exit and would be waited for without end
     if code != 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
         if code in (0, 75):
             torch.distributed.barrier()
@@ -140,7 +142,9 @@ class Run:
         here = {"processes": self.accelerator.num_processes, "mixed_precision": self.accelerator.mixed_precision}
         for name, value in here.items() if self.state else ():
             if self.state[name] != value:
-                raise InputError(f"{self.checkpoint} was written with {name} {self.state[name]}, not {value}: keep it")
+                raise InputError(
+                    f"{self.checkpoint} was written with {self.state[name]} {name}, this launch has {value}: keep to it"
+                )
         _check_writable(self.folder)
 
     def _same_options(self, there: dict, where: str) -> None:

@@ -47,8 +47,8 @@ from w2s.options import (
     share,
 )
 from w2s.run import Run, call_main
-from w2s.teacher import Teacher, load_teacher
-from w2s.training import Job, count_flops, wide
+from w2s.teacher import ImageTeacher, Teacher, load_teacher, score_teacher
+from w2s.training import Job, count_flops, grid_point, wide
 
 METRICS = ("top1", "top5", "eval_loss")
 
@@ -213,7 +213,7 @@ def train(job: Job, stop: int, batches: Iterator, criterion: nn.Module, mixup: M
     """Train until `stop` updates are done, or a signal asks to end."""
     args, device, accum = job.run.args, job.run.device, job.run.args.grad_accum_steps
     for _ in job.updates(stop):
-        if mixup and args.mixup_off_epoch and job.progress >= args.mixup_off_epoch:
+        if mixup and args.mixup_off_epoch and job.epoch >= args.mixup_off_epoch:
             mixup.mixup_enabled = False
         losses = torch.zeros(3, device=device)
         for micro in range(accum):
@@ -261,7 +261,7 @@ def validate(model, dataset, args, accelerator) -> dict[str, float]:
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_loss": loss / count}
 
 
-def set_up_teacher(args, run: Run, config: dict, data: ImageData) -> Teacher:
+def set_up_teacher(args, run: Run, config: dict, data: ImageData) -> ImageTeacher:
     """The frozen teacher, fitted to the student's batches."""
     model, source = load_teacher(
         args.teacher, args.teacher_model, args.teacher_kwargs, data.num_classes, args.in_chans, config["input_size"][-1]
@@ -269,28 +269,7 @@ def set_up_teacher(args, run: Run, config: dict, data: ImageData) -> Teacher:
     if args.teacher_model and "pretrained_cfg_overlay" not in args.teacher_kwargs:
         # nor of its normalisation: taken to be the student's
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
-    return Teacher(model, source, run.accelerator, config["mean"], config["std"], args.channels_last)
-
-
-def score_teacher(teacher: Teacher, args, run: Run, data: ImageData) -> dict:
-    """The teacher's metric on both splits, in the student's pipeline, and what else summary.json says of it."""
-    report = validate(teacher, data.report, args, run.accelerator)["top1"]
-    switch, how = args.teacher_score, "given by --teacher-score"
-    if switch is None:
-        switch, how = validate(teacher, data.switch, args, run.accelerator)["top1"], "measured on the switch split"
-    error = math.sqrt(switch * (100 - switch) / max(data.facts["switch"], 1))
-    run.log(
-        f"teacher {teacher.name} ({teacher.params / 1e6:.2f} M, {teacher.size[-1]} px) from {teacher.source}: "
-        f"top1 {report:.2f} on the reporting split; to beat: {switch:.2f}, {how} ({data.facts['switch']} images, "
-        f"standard error {error:.2f})"
-    )
-    if args.teacher_score is None and switch > report + 1 + 2 * error:
-        run.log(
-            "warning: the teacher scores clearly higher on the switch split than on the reporting split; if it was "
-            "trained on these images the student may never pass it: give its held-out score with --teacher-score"
-        )
-    facts = {"model": teacher.name, "switch": switch, "report": report}
-    return {**facts, "params": teacher.params, "checkpoint": teacher.source}
+    return ImageTeacher(model, source, run.accelerator, config["mean"], config["std"], args.channels_last)
 
 
 def flops_of(student: nn.Module, teacher: Teacher | None, args, config: dict, images: int) -> dict:
@@ -344,7 +323,14 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--switch-split 0 leaves no images to compare student and teacher on; give a share above 0")
     if phase and phase.active:
         teacher = set_up_teacher(args, run, config, data)
-        teacher_facts = teacher_facts or score_teacher(teacher, args, run, data)
+        teacher_facts = teacher_facts or score_teacher(
+            teacher,
+            run,
+            "top1",
+            report=lambda: validate(teacher, data.report, args, accelerator)["top1"],
+            switch=lambda: validate(teacher, data.switch, args, accelerator)["top1"],
+            error=lambda top1: math.sqrt(top1 * (100 - top1) / max(data.facts["switch"], 1)),
+        )
     flops = run.state["flops"] if run.state else flops_of(student, teacher, args, config, images)
 
     # precision, processes, compilation
@@ -379,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     accum = args.grad_accum_steps
     batches = train_batches(data.train, args, accelerator, job.update * accum, updates_per_epoch * accum)
     while job.update < total:
-        stop, evaluation_due = job.next_stop(args.evals_per_epoch)
+        stop, evaluation_due = job.next_stop(grid_point(job.update, updates_per_epoch, args.evals_per_epoch))
         train(job, stop, batches, criterion, mixup)
         with run.clock.paused():
             if evaluation_due and job.update == stop:

@@ -151,9 +151,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_script(
-    script: str, log: Path, *parts: object, processes: int = 1, env: dict | None = None
-) -> Started:
+def start_script(script: str, log: Path, *parts: object, processes: int = 1, env: dict | None = None) -> Started:
     """Start `python SCRIPT.py ...`, or as many processes as `accelerate launch --cpu` would start.
 
     Args:

@@ -19,20 +19,25 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from train_cls import build_parser, resolve
-from w2s.checkpoint import load_checkpoint, newest_state, read_state, save_checkpoint
+from w2s.checkpoint import (
+    Finished,
+    _check_writable,
+    load_checkpoint,
+    newest_state,
+    plain,
+    read_state,
+    save_checkpoint,
+)
 from w2s.models import create_model
 from w2s.options import InputError
 from w2s.run import (
-    Finished,
     NonFiniteLoss,
     Preempted,
     Run,
-    _check_writable,
-    _plain,
     call_main,
     environment,
 )
-from w2s.teacher import Teacher
+from w2s.teacher import ImageTeacher
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,7 +157,7 @@ def test_the_teacher_is_in_no_file_of_a_checkpoint(accelerator, tmp_path):
     training = Training(accelerator)
     model = create_model("resnet10t", 2, model_kwargs={"channels": (8, 8, 16, 16), "stem_width": 8})
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 8, 8)}
-    teacher = Teacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+    teacher = ImageTeacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)
     teacher(torch.zeros(1, 3, 8, 8))
     path = training.save(tmp_path, 1)
     for file in ("model.safetensors", "ema.safetensors"):
@@ -438,10 +443,10 @@ def test_other_errors_end_with_code_1_and_their_traceback(capsys):
 
 def test_options_are_written_as_yaml_and_json_know_them():
     args = build_parser().parse_recipe(["--model-kwargs", "dims=(1, 2)", "--lr", "1e-7", "-c", os.devnull])
-    plain = _plain(vars(args))
-    assert yaml.safe_load(yaml.safe_dump(plain)) == json.loads(json.dumps(plain)) == plain
-    assert plain["model_kwargs"] == {"dims": [1, 2]} and plain["lr"] == 1e-7
-    assert "config" not in plain
+    options = plain(vars(args))
+    assert yaml.safe_load(yaml.safe_dump(options)) == json.loads(json.dumps(options)) == options
+    assert options["model_kwargs"] == {"dims": [1, 2]} and options["lr"] == 1e-7
+    assert "config" not in options
 
 
 # --- where a run lives -----------------------------------------------------------------------------------------------
@@ -470,7 +475,7 @@ def leave_run(folder: Path, status: str = "running", **changes: object) -> None:
     args = build_parser().parse_recipe(words)
     resolve(args)
     folder.mkdir(parents=True)
-    (folder / "args.yaml").write_text(yaml.safe_dump(_plain(vars(args)) | changes))
+    (folder / "args.yaml").write_text(yaml.safe_dump(plain(vars(args)) | changes))
     (folder / "summary.json").write_text(json.dumps({"status": status}))
 
 

@@ -16,9 +16,9 @@ from timm.scheduler import (
 from torch import nn
 
 from train_cls import build_parser, resolve
+from w2s.checkpoint import plain
 from w2s.optim import build_optimizer, scaled_lr
 from w2s.options import InputError, Parser, add_switch, early_phase, parse_targets
-from w2s.run import _plain
 
 
 @pytest.fixture
@@ -204,9 +204,9 @@ def test_args_yaml_as_a_recipe_gives_the_same_options(tmp_path, words, resolved)
     if resolved:
         resolve(args)
     path = tmp_path / "args.yaml"
-    path.write_text(yaml.safe_dump(_plain(vars(args))))
+    path.write_text(yaml.safe_dump(plain(vars(args))))
     again = parse("-c", str(path))
-    assert _plain(vars(again)) == _plain(vars(args))
+    assert plain(vars(again)) == plain(vars(args))
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -327,9 +327,7 @@ def test_distillation_that_never_ends_needs_no_window_within_the_run():
     assert made.weight(9.9) == made.full_weight
 
 
-@pytest.mark.parametrize(
-    "words", ["--kd-temperature 6 3 1", "--kd-temperature 0", "--kd-temperature 6 -1"]
-)
+@pytest.mark.parametrize("words", ["--kd-temperature 6 3 1", "--kd-temperature 0", "--kd-temperature 6 -1"])
 def test_an_impossible_temperature_is_refused(words):
     with refused("temperature"):
         phase(words)

@@ -17,7 +17,7 @@ from torch import nn
 from train_cls import build_parser, resolve, set_up_teacher
 from w2s.models import create_model, export
 from w2s.options import InputError
-from w2s.teacher import Teacher, load_teacher
+from w2s.teacher import ImageTeacher, load_teacher
 
 TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}  # of a resnet10t
 TINY_VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -201,7 +201,7 @@ def test_a_bare_weights_file_is_given_the_students_pixels_as_they_are(tmp_path, 
 )
 def test_logits_are_those_of_the_teacher_on_its_own_normalisation(accelerator, student, own):
     model = model_of(mean=own[0], std=own[1])
-    teacher = Teacher(model, "here", accelerator, *student)
+    teacher = ImageTeacher(model, "here", accelerator, *student)
     expected = logits(model, normalised(pixels(), *own))
     torch.testing.assert_close(teacher(normalised(pixels(), *student)), expected, atol=1e-5, rtol=1e-5)
     if student != own:
@@ -210,13 +210,13 @@ def test_logits_are_those_of_the_teacher_on_its_own_normalisation(accelerator, s
 
 def test_a_teacher_of_the_students_normalisation_and_size_gets_the_very_batch(accelerator):
     model, images = model_of(), normalised(pixels(), (0.5,) * 3, (0.5,) * 3)
-    assert torch.equal(Teacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(images), logits(model, images))
+    assert torch.equal(ImageTeacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(images), logits(model, images))
 
 
 def test_a_grey_student_uses_the_mean_of_a_teachers_colour_statistics(accelerator):
     model = model_of(mean=IMAGENET[0], std=IMAGENET[1], in_chans=1)
     own = (sum(IMAGENET[0]) / 3,), (sum(IMAGENET[1]) / 3,)
-    teacher = Teacher(model, "here", accelerator, (0.5,), (0.5,))
+    teacher = ImageTeacher(model, "here", accelerator, (0.5,), (0.5,))
     images = pixels(channels=1)
     expected = logits(model, normalised(images, *own))
     torch.testing.assert_close(teacher(normalised(images, (0.5,), (0.5,))), expected, atol=1e-5, rtol=1e-5)
@@ -229,13 +229,15 @@ def test_images_are_resized_to_the_size_of_the_teacher(accelerator, size):
     expected = logits(model, F.interpolate(own, (size, size), mode="bicubic", antialias=True))
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
-    given = Teacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(normalised(images, (0.5,) * 3, (0.5,) * 3))
+    given = ImageTeacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(normalised(images, (0.5,) * 3, (0.5,) * 3))
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
     assert seen == [(4, 3, size, size)]
 
 
 def test_the_batch_of_the_student_is_left_as_it_was(accelerator):
-    teacher = Teacher(model_of(size=48, mean=IMAGENET[0], std=IMAGENET[1]), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+    teacher = ImageTeacher(
+        model_of(size=48, mean=IMAGENET[0], std=IMAGENET[1]), "here", accelerator, (0.5,) * 3, (0.5,) * 3
+    )
     images = pixels()
     teacher(images)
     assert torch.equal(images, pixels())
@@ -244,7 +246,7 @@ def test_the_batch_of_the_student_is_left_as_it_was(accelerator):
 def test_a_teacher_in_channels_last_format_gives_the_same_logits(accelerator):
     images = pixels()
     expected = logits(model_of(), images)
-    teacher = Teacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3, channels_last=True)
+    teacher = ImageTeacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3, channels_last=True)
     given = teacher(images.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
 
@@ -253,8 +255,8 @@ def test_a_teacher_in_channels_last_format_gives_the_same_logits(accelerator):
 
 
 @pytest.fixture
-def teacher(accelerator) -> Teacher:
-    return Teacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+def teacher(accelerator) -> ImageTeacher:
+    return ImageTeacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
 
 
 def test_a_teacher_gives_and_takes_no_gradient(teacher):
@@ -284,12 +286,14 @@ def test_a_teacher_stays_in_eval_mode_while_the_student_trains(teacher):
 
 def test_a_teacher_given_in_training_mode_is_put_in_eval_mode(accelerator):
     model, images = model_of().train(), pixels()
-    assert torch.equal(Teacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(images), logits(model_of(), images))
+    assert torch.equal(
+        ImageTeacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(images), logits(model_of(), images)
+    )
 
 
 def test_a_teacher_runs_in_the_precision_of_the_run():
     with fresh_accelerator(cpu=True, mixed_precision="bf16") as accelerator:
-        given = Teacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)(pixels())
+        given = ImageTeacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)(pixels())
     assert given.dtype == torch.bfloat16
 
 
@@ -324,13 +328,13 @@ class Slow(nn.Module):
         return images.mean((2, 3))
 
 
-def slow_teacher(accelerator, seconds: float, calls: set[int]) -> Teacher:
-    return Teacher(Slow(seconds, calls), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+def slow_teacher(accelerator, seconds: float, calls: set[int]) -> ImageTeacher:
+    return ImageTeacher(Slow(seconds, calls), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.mark.parametrize("calls", [1, 10, 25])
 def test_seconds_are_extrapolated_from_every_tenth_call_to_all_of_them(accelerator, calls):
-    teacher = slow_teacher(accelerator, 0.02, set(range(0, 100, Teacher.SAMPLE)))
+    teacher = slow_teacher(accelerator, 0.02, set(range(0, 100, ImageTeacher.SAMPLE)))
     for _ in range(calls):
         teacher(pixels(1))
     assert teacher.take_seconds() >= 0.02 * calls
@@ -385,7 +389,7 @@ def test_the_memory_of_a_released_model_is_freed(accelerator):
         return sum(t.numel() for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter))
 
     before = held()
-    teacher = Teacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+    teacher = ImageTeacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
     teacher(pixels())
     assert held() >= before + teacher.params
     teacher.release()
@@ -411,7 +415,7 @@ def test_a_released_teacher_still_says_what_it_was_and_took(teacher):
 def test_on_a_gpu_the_teacher_is_timed_by_the_device_and_its_memory_returned():
     with fresh_accelerator() as accelerator:
         empty = torch.cuda.memory_allocated()
-        teacher = Teacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+        teacher = ImageTeacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
         teacher(pixels().cuda())
         torch.cuda.synchronize()
         assert teacher.take_seconds() > 0

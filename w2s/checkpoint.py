@@ -4,16 +4,84 @@
 everything is synced to disk, and a rename makes it a checkpoint. Only then are old ones dropped.
 """
 
+import dataclasses
 import json
 import os
 import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import accelerate
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from w2s.options import InputError
+
+# options that may change when a run is resumed: they do not change what it computes
+FREE_OPTIONS = (
+    *("config", "output", "name", "resume", "dry_run", "eval_only", "log_with", "project", "log_interval"),
+    *("checkpoint_hist", "recovery_interval", "workers", "check_images", "validation_batch_size"),
+)
+
+
+class Finished(Exception):
+    """The run to resume is already complete. Exit code 0."""
+
+
+def locate(folder: Path, args, launch: dict, log: Callable[[str], None]) -> tuple[Path | None, dict | None]:
+    """The checkpoint that a run in `folder` continues from and its state; (None, None) for a new run.
+
+    Args:
+        folder: the run folder, perhaps not there yet.
+        args: resolved options, `--resume` among them.
+        launch: processes and precision of this launch, which have to be those of the checkpoint.
+        log: told of damaged checkpoints.
+
+    Raises:
+        InputError: the folder cannot be written or holds something else, or there is nothing to resume.
+        Finished: the run is already complete.
+    """
+    checkpoint = state = None
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another --name or --output")
+    if args.resume and args.resume != "auto":
+        checkpoint = Path(args.resume)
+        state = read_state(checkpoint)
+        _same_options(args, state["args"], str(checkpoint))
+        own = checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+        if not own and _occupied(folder):
+            raise InputError(f"{folder} holds a run of its own, not that of {args.resume}; choose another --name")
+    elif _occupied(folder):
+        if not (folder / "args.yaml").is_file():
+            raise InputError(f"{folder} is not empty and holds no run; choose another --name or --output")
+        if not args.resume:
+            raise InputError(f"{folder} holds a run: go on with --resume auto, or choose another --name")
+        _same_options(args, _read_options(folder / "args.yaml"), str(folder))
+        if _read_json(folder / "summary.json").get("status") == "finished":
+            raise Finished(f"{folder} is already finished")
+        checkpoint, state = newest_state(folder / "checkpoints", log)
+    for name, value in launch.items() if state else ():
+        if state[name] != value:
+            raise InputError(f"{checkpoint} was written with {state[name]} {name}, this launch has {value}: keep to it")
+    _check_writable(folder)
+    return checkpoint, state
+
+
+def plain(options: dict) -> dict:
+    """Options as YAML and JSON know them."""
+
+    def simple(value: object) -> object:
+        if isinstance(value, tuple | list):
+            return [simple(v) for v in value]
+        if isinstance(value, dict):
+            return {str(k): simple(v) for k, v in value.items()}
+        if dataclasses.is_dataclass(value) or isinstance(value, Path):
+            return str(value)
+        return value
+
+    return {key: simple(value) for key, value in options.items() if key != "config"}
 
 
 def save_checkpoint(
@@ -114,3 +182,47 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _same_options(args, there: dict, where: str) -> None:
+    here = plain(vars(args))
+    different = [k for k in here if k not in FREE_OPTIONS and here[k] != there.get(k)]
+    if different:
+        k = different[0]
+        raise InputError(
+            f"{where} holds a different run: --{k.replace('_', '-')} is {there.get(k)!r} there and {here[k]!r} here"
+            + (f" ({len(different)} options differ)" if len(different) > 1 else "")
+        )
+
+
+def _occupied(folder: Path) -> bool:
+    """Whether a folder holds more than a file that a kill left half-written."""
+    return folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir())
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail now rather than after an hour; leaves nothing behind."""
+    nearest = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    probe = nearest / f".w2s-probe-{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {nearest}: {error.strerror}; choose another --output") from None
+
+
+def _read_options(path: Path) -> dict:
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        options = None
+    if not isinstance(options, dict):
+        raise InputError(f"{path} is damaged; resume one of the run's checkpoints with --resume PATH")
+    return options
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

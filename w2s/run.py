@@ -1,8 +1,5 @@
 """What every script does the same way: processes, seeds, folders, logs, checkpoints, preemption, exit codes."""
 
-import dataclasses
-import importlib.util
-import json
 import logging
 import multiprocessing
 import os
@@ -24,16 +21,11 @@ import yaml
 from accelerate.utils import ProjectConfiguration, broadcast
 from torch import nn
 
-from w2s.checkpoint import load_checkpoint, newest_state, read_state, save_checkpoint
-from w2s.crossing import TRACKER_AXES, Clock, RunRecord, replacing
+from w2s.checkpoint import Finished, load_checkpoint, locate, plain, save_checkpoint
+from w2s.crossing import Clock, RunRecord, replacing
 from w2s.loading import mix_seed
 from w2s.options import InputError
-
-# options that may change when a run is resumed: they do not change what it computes
-FREE_OPTIONS = (
-    *("config", "output", "name", "resume", "dry_run", "eval_only", "log_with", "project", "log_interval"),
-    *("checkpoint_hist", "recovery_interval", "workers", "check_images", "validation_batch_size"),
-)
+from w2s.trackers import check_trackers, close_trackers, start_trackers
 
 
 class NonFiniteLoss(Exception):
@@ -42,10 +34,6 @@ class NonFiniteLoss(Exception):
 
 class Preempted(Exception):
     """SIGTERM or SIGINT; the run is saved. Exit code 75."""
-
-
-class Finished(Exception):
-    """The run to resume is already complete. Exit code 0."""
 
 
 def call_main(main: Callable[[], None]) -> None:
@@ -96,7 +84,7 @@ class Run:
         self.name = args.name
         self.keeps = not (args.dry_run or args.eval_only)
         self.folder = Path(args.output) / args.name
-        trackers = _check_trackers(args.log_with) if self.keeps else None
+        trackers = check_trackers(args.log_with) if self.keeps else None
         logging.getLogger("accelerate").setLevel(logging.WARNING)
         self.accelerator = accelerate.Accelerator(
             log_with=trackers,
@@ -108,54 +96,17 @@ class Run:
             torch.backends.cudnn.benchmark = True
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
-        self.state: dict | None = None  # of the checkpoint to continue from
-        self.checkpoint: Path | None = None
+        self.checkpoint, self.state = None, None  # to continue from
         self.tracker_id = uuid.uuid4().hex[:8]
         self.record: RunRecord | None = None
         self._log_file, self._lines = None, []
         self._signal, self._bad = None, torch.zeros((), device=self.device)
+        self.launch = {
+            "processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
         if self.keeps:
-            self._locate()
-
-    # ---- where the run lives ----
-
-    def _locate(self) -> None:
-        resume = self.args.resume
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"{self.folder} is a file; choose another --name or --output")
-        if resume and resume != "auto":
-            self.checkpoint = Path(resume)
-            self.state = read_state(self.checkpoint)
-            self._same_options(self.state["args"], str(self.checkpoint))
-            own = self.checkpoint.resolve().parent == (self.folder / "checkpoints").resolve()
-            if not own and _occupied(self.folder):
-                raise InputError(f"{self.folder} holds a run of its own, not that of {resume}; choose another --name")
-        elif _occupied(self.folder):
-            if not (self.folder / "args.yaml").is_file():
-                raise InputError(f"{self.folder} is not empty and holds no run; choose another --name or --output")
-            if not resume:
-                raise InputError(f"{self.folder} holds a run: go on with --resume auto, or choose another --name")
-            self._same_options(_read_options(self.folder / "args.yaml"), str(self.folder))
-            if _read_json(self.folder / "summary.json").get("status") == "finished":
-                raise Finished(f"{self.folder} is already finished")
-            self.checkpoint, self.state = newest_state(self.folder / "checkpoints", self.log)
-        here = {"processes": self.accelerator.num_processes, "mixed_precision": self.accelerator.mixed_precision}
-        for name, value in here.items() if self.state else ():
-            if self.state[name] != value:
-                raise InputError(
-                    f"{self.checkpoint} was written with {self.state[name]} {name}, this launch has {value}: keep to it"
-                )
-        _check_writable(self.folder)
-
-    def _same_options(self, there: dict, where: str) -> None:
-        here = _plain(vars(self.args))
-        different = [k for k in here if k not in FREE_OPTIONS and here[k] != there.get(k)]
-        if different:
-            k = different[0]
-            raise InputError(
-                f"{where} holds a different run: --{k.replace('_', '-')} is {there.get(k)!r} there and {here[k]!r} here"
-                + (f" ({len(different)} options differ)" if len(different) > 1 else "")
-            )
+            self.checkpoint, self.state = locate(self.folder, args, self.launch, self.log)
 
     def open(self, record: Callable[..., RunRecord], **facts: object) -> None:
         """Create the folder, write args.yaml, start the log, the trackers, the signals and the record.
@@ -184,15 +135,16 @@ class Run:
                 if best.is_dir():
                     shutil.copytree(best, self.folder / "best")
             with replacing(self.folder / "args.yaml") as file:
-                yaml.safe_dump(_plain(vars(self.args)), file, sort_keys=True)
+                yaml.safe_dump(plain(vars(self.args)), file, sort_keys=True)
             self._log_file = open(self.folder / "log.txt", "a")  # noqa: SIM115 - lives as long as the run
             self._log_file.writelines(f"{line}\n" for line in self._lines)
             self._log_file.flush()
         if self.state:
             self.clock.load_state_dict(self.state["clock"])
             self.tracker_id = self.state["tracker_id"]
-        if self.keeps:
-            self._start_trackers()
+        if accelerator.log_with:
+            options = plain(vars(self.args))
+            start_trackers(accelerator, self.args.project, self.name, self.tracker_id, self.folder, options)
         self.record = record(self.folder if writes else None, facts, accelerator.log if accelerator.trackers else None)
         self.record.rewrite(self.state["rows"] if self.state else None)
         self.record.write_summary()
@@ -209,24 +161,6 @@ class Run:
             self._log_file.flush()
         else:
             self._lines.append(message)
-
-    def _start_trackers(self) -> None:
-        if not self.accelerator.log_with:
-            return
-        config = {
-            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in _plain(vars(self.args)).items()
-        }
-        wandb_options = {"name": self.name, "id": self.tracker_id, "resume": "allow", "dir": str(self.folder)}
-        try:
-            self.accelerator.init_trackers(self.args.project, config, {"wandb": wandb_options})
-        except Exception as error:  # wandb: a wrong key, no network
-            reason = (str(error).strip().splitlines() or [""])[0][:200]
-            raise InputError(f"--log-with {self.args.log_with}: {reason}; WANDB_MODE=offline needs no server") from None
-        if self.is_main and "wandb" in [tracker.name for tracker in self.accelerator.trackers]:
-            board = self.accelerator.get_tracker("wandb", unwrap=True)
-            for axis in TRACKER_AXES:
-                board.define_metric(axis, hidden=True)
-                board.define_metric("eval/*" if axis == "epoch" else f"by_{axis}/*", step_metric=axis)
 
     # ---- randomness and decisions ----
 
@@ -295,9 +229,8 @@ class Run:
                 "clock": self.clock.state_dict(),
                 "rows": self.record.rows,
                 "tracker_id": self.tracker_id,
-                "processes": self.accelerator.num_processes,
-                "mixed_precision": self.accelerator.mixed_precision,
-                "args": _plain(vars(self.args)),
+                "args": plain(vars(self.args)),
+                **self.launch,
             }
             root = self.folder / "checkpoints"
             save_checkpoint(root, update, state, self.accelerator, ema, self.args.checkpoint_hist)
@@ -310,11 +243,7 @@ class Run:
     def finish(self, status: str) -> None:
         """Write the final status, close trackers and log."""
         self.record.write_summary(status=status)
-        if self.is_main:
-            for tracker in self.accelerator.trackers:
-                if tracker.name == "wandb":
-                    tracker.tracker.summary.update(self.record.tracker_summary() | {"status": status})
-        self.accelerator.end_training()
+        close_trackers(self.accelerator, self.record.tracker_summary() | {"status": status})
         if self._log_file:
             self._log_file.close()
             self._log_file = None
@@ -340,71 +269,3 @@ def environment(accelerator: accelerate.Accelerator) -> dict:
         "mixed_precision": accelerator.mixed_precision,
         "git": git,
     }
-
-
-def _check_trackers(choice: str | None) -> list[str] | None:
-    names = ["wandb", "tensorboard"] if choice == "all" else [choice] if choice else []
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"--log-with {name}: not installed; pip install {name}")
-    if "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-        import wandb
-
-        if not (os.environ.get("WANDB_API_KEY") or (wandb.Api.__module__ and _wandb_key(wandb))):
-            raise InputError("--log-with wandb: no API key; run `wandb login`, or go offline with WANDB_MODE=offline")
-    return names or None
-
-
-def _wandb_key(wandb) -> str | None:
-    try:
-        return wandb.api.api_key
-    except Exception:  # no settings file, no netrc: the same as no key
-        return None
-
-
-def _occupied(folder: Path) -> bool:
-    """Whether a folder holds more than a file that a kill left half-written."""
-    return folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir())
-
-
-def _check_writable(folder: Path) -> None:
-    """Fail now rather than after an hour; leaves nothing behind."""
-    nearest = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    probe = nearest / f".w2s-probe-{uuid.uuid4().hex}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to {nearest}: {error.strerror}; choose another --output") from None
-
-
-def _plain(options: dict) -> dict:
-    """Options as YAML and JSON know them."""
-
-    def simple(value: object) -> object:
-        if isinstance(value, tuple | list):
-            return [simple(v) for v in value]
-        if isinstance(value, dict):
-            return {str(k): simple(v) for k, v in value.items()}
-        if dataclasses.is_dataclass(value) or isinstance(value, Path):
-            return str(value)
-        return value
-
-    return {key: simple(value) for key, value in options.items() if key != "config"}
-
-
-def _read_options(path: Path) -> dict:
-    try:
-        options = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        options = None
-    if not isinstance(options, dict):
-        raise InputError(f"{path} is damaged; resume one of the run's checkpoints with --resume PATH")
-    return options
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}

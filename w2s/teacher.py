@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -58,15 +59,16 @@ def _pretrained(name: str) -> nn.Module:
 
 
 class Teacher:
-    """A frozen model that gives logits for the student's input batches, at no more than its forward's cost.
+    """A frozen model that answers for the student's inputs, at no more than its forward's cost.
 
-    Eval mode, no gradient, in the accelerator's precision; never prepared by the accelerator, so in no checkpoint.
+    Eval mode, no gradient, in the accelerator's precision; never prepared by the accelerator, so in no checkpoint. A
+    task whose teacher needs more than its model's forward overrides `forward`.
 
     Args:
-        model: a timm model with weights.
-        source: where they come from, for the record.
+        model: a model with weights.
+        name: its architecture, for the record.
+        source: where the weights come from, for the record.
         accelerator: gives device and autocast.
-        mean, std: how the student's batches are normalised, one number a channel.
         channels_last: memory format, as the student's.
     """
 
@@ -75,44 +77,33 @@ class Teacher:
     def __init__(
         self,
         model: nn.Module,
+        name: str,
         source: str,
         accelerator: "accelerate.Accelerator",  # noqa: F821
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
         channels_last: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False).to(accelerator.device)
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.accelerator = accelerator
+        self.name, self.source, self.accelerator = name, source, accelerator
+        self.params = sum(p.numel() for p in model.parameters())
         self.calls = 0  # forward passes so far
         self._timed_from, self._timings = 0, []
-        config = model.pretrained_cfg
-        self.name, self.source = config.get("architecture"), source
-        self.params = sum(p.numel() for p in model.parameters())
-        size = config["input_size"][-2:]
-        self.size = tuple(size)
-        own_mean, own_std = _channels(config["mean"], len(mean)), _channels(config["std"], len(std))
-        # one affine map from the student's normalisation to the teacher's
-        scale = torch.tensor(std) / own_std
-        shift = (torch.tensor(mean) - own_mean) / own_std
-        self.same_range = bool(torch.allclose(scale, torch.ones(()))) and bool(torch.allclose(shift, torch.zeros(())))
-        self.scale, self.shift = (t.view(1, -1, 1, 1).to(accelerator.device) for t in (scale, shift))
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) for a batch (B, C, H, W) normalised for the student; both see the same pixels."""
+    def __call__(self, *inputs: object) -> object:
+        """What `forward` gives, without gradient, in the accelerator's precision."""
         self.calls += 1
         stop = self._time() if (self.calls - self._timed_from) % self.SAMPLE == 1 else None
-        if not self.same_range:
-            images = images * self.scale + self.shift
-        if tuple(images.shape[-2:]) != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         with self.accelerator.autocast():
-            logits = self.model(images)
+            outputs = self.forward(*inputs)
         if stop:
             stop()
-        return logits
+        return outputs
+
+    def forward(self, *inputs: object) -> object:
+        """The model's outputs for the student's inputs."""
+        return self.model(*inputs)
 
     def _time(self):
         """Start timing a call; returns what ends it. Device events, so that nothing waits."""
@@ -144,10 +135,94 @@ class Teacher:
 
     def release(self) -> None:
         """Free the model's memory. A released teacher cannot be called."""
-        self.model = self.scale = self.shift = None
+        self.model = None
         gc.collect()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+class ImageTeacher(Teacher):
+    """A timm classifier that gives logits for batches normalised and sized for the student.
+
+    Args:
+        model: a timm model with weights; its `pretrained_cfg` says how it wants its input.
+        source, accelerator, channels_last: see `Teacher`.
+        mean, std: how the student's batches are normalised, one number a channel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: str,
+        accelerator: "accelerate.Accelerator",  # noqa: F821
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        channels_last: bool = False,
+    ) -> None:
+        config = model.pretrained_cfg
+        super().__init__(model, config.get("architecture"), source, accelerator, channels_last)
+        self.size = tuple(config["input_size"][-2:])
+        own_mean, own_std = _channels(config["mean"], len(mean)), _channels(config["std"], len(std))
+        # one affine map from the student's normalisation to the teacher's
+        scale = torch.tensor(std) / own_std
+        shift = (torch.tensor(mean) - own_mean) / own_std
+        self.same_range = bool(torch.allclose(scale, torch.ones(()))) and bool(torch.allclose(shift, torch.zeros(())))
+        self.scale, self.shift = (t.view(1, -1, 1, 1).to(accelerator.device) for t in (scale, shift))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) for a batch (B, C, H, W) normalised for the student; both see the same pixels."""
+        if not self.same_range:
+            images = images * self.scale + self.shift
+        if tuple(images.shape[-2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return self.model(images)
+
+    def release(self) -> None:
+        """See `Teacher.release`."""
+        self.scale = self.shift = None
+        super().release()
+
+
+def score_teacher(
+    teacher: Teacher,
+    run: "w2s.run.Run",  # noqa: F821
+    metric: str,
+    report: Callable[[], float],
+    switch: Callable[[], float],
+    mode: str = "max",
+    error: Callable[[float], float] | None = None,
+) -> dict:
+    """Measure a teacher on both splits in the student's pipeline, say what it scores, and what summary.json says of it.
+
+    Args:
+        teacher: callable like a student.
+        run: gives `--teacher-score`, which takes the place of `switch`, and the log.
+        metric: name of the metric.
+        report, switch: measure the teacher on the reporting split and on the switch split.
+        mode: "max" or "min".
+        error: the standard error of a score on the switch split, where it is known; with it comes the warning of a
+            score that is too good to be true.
+    """
+    reported, given = report(), run.args.teacher_score
+    score = switch() if given is None else given
+    how = "measured on the switch split" if given is None else "given by --teacher-score"
+    run.log(
+        f"teacher {teacher.name} ({teacher.params / 1e6:.2f} M) from {teacher.source}: {metric} {reported:.4g} on the "
+        f"reporting split; to beat: {score:.4g}, {how}" + (f" (standard error {error(score):.2g})" if error else "")
+    )
+    lead = score - reported if mode == "max" else reported - score
+    if given is None and error and lead > abs(reported) / 50 + 2 * error(score):
+        run.log(
+            "warning: the teacher scores clearly better on the switch split than on the reporting split; if it was "
+            "trained on that data the student may never pass it: give its held-out score with --teacher-score"
+        )
+    return {
+        "model": teacher.name,
+        "switch": score,
+        "report": reported,
+        "params": teacher.params,
+        "checkpoint": teacher.source,
+    }
 
 
 def _channels(values: tuple[float, ...], channels: int) -> Tensor:

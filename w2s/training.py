@@ -6,6 +6,7 @@ A script's loop reads:
         ...forward, task loss, distillation term, backward...
         job.step(loss, task_loss, kd_loss)         # clipping, optimiser, EMA, counters, the decision to stop
     job.evaluated(metrics, switch_metric)          # metrics.csv, first@tau, the switch-off, the best model
+    job.save()                                     # a checkpoint, and the way out if a signal asked for it
 """
 
 import contextlib
@@ -35,6 +36,7 @@ class Job:
 
     `model` is what Accelerate prepared (autocast, DDP), `student` the bare module inside it. `flops` has
     `student_update` and `teacher_forward` of one update over all processes, `samples` the examples of one update.
+    u, of which lambda and T are functions, counts epochs, or updates where `unit` is "update".
     """
 
     run: Run
@@ -51,24 +53,31 @@ class Job:
     total: int  # updates of the whole run
     samples: int
     export: Callable  # (module, folder): writes the model for others to load
+    unit: str = "epoch"  # what u counts
+    terms: tuple[str, ...] = ()  # further losses that are averaged and written down, kd_* over the taught updates
     update: int = 0  # updates done
     kd_updates: int = 0  # of these, with the teacher
     kd_weight: float = 0.0  # lambda of the update under way
     kd_temperature: float = 1.0
     stopped: bool = False  # a signal ended the loop
-    meter: Tensor = field(init=False)  # sums since the last evaluation: loss, task, kd, updates, kd updates
+    meter: Tensor = field(init=False)  # sums since the last evaluation: updates, kd updates, loss, task, kd, terms
 
     def __post_init__(self) -> None:
-        self.meter = torch.zeros(5, dtype=wide(self.run.device), device=self.run.device)
+        self.meter = torch.zeros(5 + len(self.terms), dtype=wide(self.run.device), device=self.run.device)
         self.first = self.update
         self.bar = tqdm(total=self.total, unit="update", disable=None if self.run.is_main else True)
         self._logged = (0, 0.0)
         self._clipped = list(model_parameters(self.student, exclude_head="agc" in self.run.args.clip_mode))
 
     @property
-    def progress(self) -> float:
-        """u, in epochs."""
+    def epoch(self) -> float:
+        """Passes over the training data."""
         return self.update / self.updates_per_epoch
+
+    @property
+    def progress(self) -> float:
+        """u."""
+        return self.epoch if self.unit == "epoch" else float(self.update)
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -80,8 +89,9 @@ class Job:
         """Where and why the teacher fell silent, as in summary.json; None while it speaks or where there is none."""
         if not self.phase or self.phase.active:
             return None
-        epoch = self.phase.kd_off["at"]
-        return {"epoch": epoch, "update": round(epoch * self.updates_per_epoch), "reason": self.phase.reason}
+        per_unit = self.updates_per_epoch if self.unit == "epoch" else 1
+        update = round(self.phase.kd_off["at"] * per_unit)
+        return {"epoch": update / self.updates_per_epoch, "update": update, "reason": self.phase.reason}
 
     def resume(self) -> None:
         """Continue where the run's checkpoint stands, if it has one."""
@@ -118,7 +128,7 @@ class Job:
         with contextlib.nullcontext() if last else self.run.accelerator.no_sync(self.model):
             yield
 
-    def step(self, loss: Tensor, task_loss: Tensor, kd_loss: Tensor) -> None:
+    def step(self, loss: Tensor, task_loss: Tensor, kd_loss: Tensor, *terms: Tensor) -> None:
         """Finish an update whose gradients are complete; the losses are means over its micro-batches."""
         run, args = self.run, self.run.args
         if args.clip_grad is not None:
@@ -133,7 +143,7 @@ class Job:
         self.kd_updates += int(taught)
         run.watch(loss)
         counts = torch.ones_like(loss), torch.full_like(loss, taught)  # made on the device: no copy to wait for
-        self.meter += torch.stack([loss, task_loss, kd_loss, *counts]).detach()
+        self.meter += torch.stack([*counts, loss, task_loss, kd_loss, *terms]).detach()
         self.bar.update()
         if not run.clock.running and self.update - self.first >= WARMUP_UPDATES:
             run.clock.start()
@@ -152,7 +162,7 @@ class Job:
             terms += f" = task {task_loss:.4f} + {self.kd_weight:.3g} x kd {kd_loss:.4f} (T {self.kd_temperature:.2f})"
         terms += f" lr {self.optimizer.param_groups[0]['lr']:.3g}" + (f" {rate:.0f} samples/s" if before else "")
         self.bar.set_postfix_str(terms)
-        self.run.log(f"epoch {self.progress:.2f} update {self.update}/{self.total} {terms}")
+        self.run.log(f"epoch {self.epoch:.2f} update {self.update}/{self.total} {terms}")
 
     def take_teacher_seconds(self) -> None:
         """Move the teacher's timings to the clock."""
@@ -169,8 +179,13 @@ class Job:
         run, record = self.run, self.run.record
         if not all(map(math.isfinite, metrics.values())):  # the last update may have broken the weights unseen
             run.fail(f"the evaluation at update {self.update} is not finite: {metrics}")
-        losses = run.mean(self.meter)
+        updates, taught, *sums = run.mean(self.meter)
         self.meter.zero_()
+        losses = {
+            name: total / (taught if name.startswith("kd_") else updates)
+            for name, total in zip(("train_loss", "task_loss", "kd_loss", *self.terms), sums, strict=True)
+            if taught or not name.startswith("kd_")
+        }
         self.take_teacher_seconds()
         flops = self.update * self.flops["student_update"] + self.kd_updates * self.flops["teacher_forward"]
         row = {"kd_active": 0, "kd_weight": 0.0}
@@ -181,7 +196,7 @@ class Job:
             if not row["kd_active"]:
                 self.switch_off()
         is_best = record.add(
-            epoch=self.progress,
+            epoch=self.epoch,
             update=self.update,
             samples=self.update * self.samples,
             train_seconds=run.clock.train_seconds,
@@ -189,16 +204,14 @@ class Job:
             teacher_seconds=run.clock.teacher_seconds,
             pflops=flops / 1e15,
             lr=self.optimizer.param_groups[0]["lr"],
-            train_loss=losses[0] / losses[3],
-            task_loss=losses[1] / losses[3],
-            kd_loss=losses[2] / losses[4] if losses[4] else None,
+            **losses,
             **row,
             **metrics,
         )
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if switch is not None:
             values += f"; switch split {switch:.4g}, teacher {self.teacher_facts['switch']:.4g}"
-        run.log(f"epoch {self.progress:g}: {values}")
+        run.log(f"epoch {self.epoch:.4g}, update {self.update}: {values}")
         if is_best and run.keeps and run.is_main:
             self.export(self.evaluated_model, run.folder / "best")
 
@@ -209,26 +222,21 @@ class Job:
             self.teacher.release()
             self.teacher = None
         self.run.record.write_summary(kd_off=self.kd_off)
-        self.run.log("distillation off for good at epoch {epoch:g} ({reason})".format(**self.kd_off))
+        self.run.log("distillation off for good at epoch {epoch:.4g}, update {update} ({reason})".format(**self.kd_off))
 
-    def next_stop(self, evals_per_epoch: int) -> tuple[int, bool]:
-        """The update to train to next, and whether to evaluate there."""
-        epoch, within = divmod(self.update, self.updates_per_epoch)
-        grid = (round(k * self.updates_per_epoch / evals_per_epoch) for k in range(1, evals_per_epoch + 1))
-        evaluation = min(epoch * self.updates_per_epoch + next(g for g in grid if g > within), self.total)
+    def next_stop(self, evaluation: int) -> tuple[int, bool]:
+        """The update to train to, and whether to evaluate there; `evaluation` is where the next evaluation is due."""
+        evaluation = min(evaluation, self.total)
         interval = self.run.args.recovery_interval
         recovery = (self.update // interval + 1) * interval if interval else evaluation
         return min(evaluation, recovery), evaluation <= recovery
 
     def save(self) -> None:
-        """Write a checkpoint if one is due: at the end of an epoch, every --recovery-interval, or because of a signal.
+        """Write a checkpoint: after an evaluation, at a --recovery-interval, or because of a signal.
 
         Raises:
             Preempted: after it is written, if a signal ended the loop before the run was done.
         """
-        interval = self.run.args.recovery_interval
-        if self.update % self.updates_per_epoch and not self.stopped and not (interval and self.update % interval == 0):
-            return
         self.take_teacher_seconds()
         self.run.save(
             self.update,
@@ -255,7 +263,8 @@ class Job:
         run.log(f"done: {metric} {last:.4g} at the end, {best if best is None else f'{best:.4g}'} at best; {kept}")
         for tau in summary["targets"]:
             first = summary["targets"][tau]["first"]
-            where = f"epoch {first['epoch']:g}, {first['train_seconds']:.1f} train seconds" if first else "never"
+            cost = first and f"update {first['update']}, {first['train_seconds']:.1f} train seconds"
+            where = f"epoch {first['epoch']:.4g}, {cost}" if first else "never"
             run.log(f"first@{tau}: {where}")
         run.finish("finished")
 
@@ -278,11 +287,18 @@ class Job:
             beat = f"{args.kd_patience} evaluations in a row better than {self.teacher_facts['switch']:.4g}"
             run.log(
                 f"distillation: lambda {args.kd_weight:g} (warm-up {args.kd_warmup:g}, hold {args.kd_hold:g}, decay "
-                f"{args.kd_decay:g}), T {args.kd_temperature[0]:g} to {args.kd_temperature[-1]:g}; "
+                f"{args.kd_decay:g} {self.unit}s), T {args.kd_temperature[0]:g} to {args.kd_temperature[-1]:g}; "
                 f"off ({args.kd_off}): {beat}"
             )
         elif self.phase:
             run.log(f"distillation: over ({self.phase.reason}); the teacher is not loaded")
+
+
+def grid_point(update: int, updates_per_epoch: int, evals_per_epoch: int) -> int:
+    """The first update after `update` at which one of evenly spread evaluations of an epoch is due."""
+    epoch, within = divmod(update, updates_per_epoch)
+    grid = (round(k * updates_per_epoch / evals_per_epoch) for k in range(1, evals_per_epoch + 1))
+    return epoch * updates_per_epoch + next(point for point in grid if point > within)
 
 
 def wide(device: torch.device) -> torch.dtype:

@@ -210,7 +210,7 @@ def test_baseline_summary_json(baseline):
 
 def test_baseline_files(baseline):
     folder = baseline[0]
-    assert checkpoints(folder) == ["update-00000004", "update-00000008"]  # the newest two
+    assert checkpoints(folder) == ["update-00000006", "update-00000008"]  # the newest two
     files = {"state.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"}
     assert {path.name for path in (folder / "checkpoints" / "update-00000008").iterdir()} == files
     top = {"args.yaml", "log.txt", "metrics.csv", "summary.json", "checkpoints", "best", "model"}

@@ -71,6 +71,12 @@ def build_parser() -> Parser:
     group.add_argument(
         "--check-images", type=int, default=20000, metavar="N", help="decode N images a split first (-1: all)"
     )
+    group.add_argument(
+        "--cache",
+        choices=["auto", "device", "cpu", "none"],
+        default="auto",
+        help="decode once, keep the pixels there and augment them there (default: auto, on the device if that works)",
+    )
     group.add_argument("-j", "--workers", type=natural_int, default=4, metavar="N", help="loader workers a process")
 
     group = parser.add_argument_group("model (timm)")
@@ -296,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = run.accelerator
 
     # data and student
-    data = load_data(args, config, args.num_classes)
+    data = load_data(args, config, args.num_classes, accelerator)
     run.seed()
     student = build_student(args, config, data.num_classes).to(run.device)
     if args.eval_only:

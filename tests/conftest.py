@@ -41,6 +41,12 @@ TEACHER = "--model resnet10t --model-kwargs channels=(8,8,8,8) stem_width=8"
 VIT = "--model vit_tiny_patch16_224 --model-kwargs patch_size=4 embed_dim=32 depth=2 num_heads=2"
 
 
+def pytest_sessionfinish() -> None:
+    """Loader workers ignore a gentle signal: one that a failed test holds on to would keep pytest from ending."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def words(*parts: object) -> list[str]:
     """Command-line words from strings of several words, lists of words, and paths."""
     flat = []

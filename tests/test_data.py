@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from accelerate import PartialState
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -23,7 +24,7 @@ def load(dataset: str = "digits", data_dir: Path | None = None, **changes: objec
     given = {"dataset": dataset, "data_dir": data_dir and str(data_dir), "img_size": 32, "workers": 0}
     vars(args).update(given | changes)
     config = resolve(args)
-    return load_data(args, config, args.num_classes)
+    return load_data(args, config, args.num_classes, PartialState())
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from train_cls import build_parser, resolve, validate
 from w2s.data import load_data, open_dataset
-from w2s.loading import EpochBatches, EvalBatches, ImageSplit, eval_loader, eval_transform, mix_seed, train_batches
+from w2s.loading import ImageSplit, eval_loader, eval_transform, train_batches
 from w2s.loading import train_transform as make_train_transform
 from w2s.options import InputError
+from w2s.order import EpochBatches, EvalBatches, mix_seed
 
 HEAVY = {"pad_crop": 4, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5", "reprob": 0.5}  # draws of random, numpy and torch
 STILL = {"hflip": 0.0, "color_jitter": 0.0, "pad_crop": 0}
@@ -424,7 +425,7 @@ def stream(folder, **changes: object):
     """(args, data) of the shards, without augmentation unless asked otherwise."""
     given = {"dataset": "wds/", "data_dir": str(folder), "train_split": "train", "val_split": "val", "num_classes": 3}
     args, config = options(**given | {"no_aug": True} | changes)
-    return args, load_data(args, config, args.num_classes)
+    return args, load_data(args, config, args.num_classes, process())
 
 
 def numbers(images: torch.Tensor) -> list[int]:

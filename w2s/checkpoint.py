@@ -186,6 +186,8 @@ def fsync(path: Path) -> None:
 
 def _same_options(args, there: dict, where: str) -> None:
     here = plain(vars(args))
+    if here.get("cache") == "auto":  # leaves the choice to the run
+        here["cache"] = args.cache = there.get("cache")
     different = [k for k in here if k not in FREE_OPTIONS and here[k] != there.get(k)]
     if different:
         k = different[0]

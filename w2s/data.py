@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
 
+from w2s.cache import cache_split, resolve_cache
 from w2s.loading import ImageSplit, eval_transform, read_image, train_transform
 from w2s.options import InputError
 
@@ -222,8 +224,8 @@ def check_images(source: Dataset, indices: np.ndarray, mode: str, limit: int) ->
     return decoded
 
 
-def load_data(args, data_config: dict, num_classes: int | None) -> ImageData:
-    """Open, check and cut `--dataset` for a run.
+def load_data(args, data_config: dict, num_classes: int | None, accelerator) -> ImageData:
+    """Open, check and cut `--dataset` for a run; settles what `--cache auto` means.
 
     Raises:
         InputError: see the functions this one calls.
@@ -257,8 +259,14 @@ def load_data(args, data_config: dict, num_classes: int | None) -> ImageData:
     if args.dry_run:
         switch_rows, report_rows = (rows[: 4 * args.batch_size] for rows in (switch_rows, report_rows))
 
-    def split(part: Dataset, rows: np.ndarray, transform: Callable, seed: int | None = None) -> ImageSplit:
-        limit = 0 if args.eval_only and part is source else args.check_images
+    args.cache = resolve_cache(args, len(train_rows), data_config, accelerator)
+    device = accelerator.device if args.cache == "device" else torch.device("cpu")
+
+    def split(part: Dataset, rows: np.ndarray, transform: Callable, seed: int | None = None) -> Dataset:
+        unused = args.eval_only and part is source
+        if args.cache != "none" and not unused:
+            return cache_split(ImageSplit(part, rows, None, mode), args, data_config, device, training=seed is not None)
+        limit = 0 if unused else args.check_images
         return ImageSplit(part, rows, transform, mode, seed, check_images(part, rows, mode, limit))
 
     return ImageData(
@@ -282,7 +290,9 @@ def _load_stream(args, training: Callable, evaluation: Callable, num_classes: in
         raise InputError(f"--dataset {args.dataset} is a stream: give --num-classes")
     if args.train_samples is not None:
         raise InputError(f"--train-samples needs random access, which --dataset {args.dataset} has not")
-    switch = None
+    if args.cache not in ("auto", "none"):
+        raise InputError(f"--cache {args.cache}: --dataset {args.dataset} is a stream and cannot be kept")
+    args.cache, switch = "none", None
     if args.teacher:
         try:
             float(args.switch_split)

@@ -1,14 +1,7 @@
-"""How images are served: transforms, the order of an epoch, its randomness, loaders.
+"""How images are served: transforms, loaders, streams."""
 
-Randomness is stateless: the order of an epoch is a function of (seed, epoch), the augmentation of an image of
-(seed, epoch, index). So both arms of a comparison see the same batches, a resumed run sees exactly what is left, and
-neither workers nor the number of processes change a pixel.
-"""
-
-import contextlib
-import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -17,7 +10,9 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
 
+from w2s.cache import CachedSplit
 from w2s.options import InputError
+from w2s.order import EpochBatches, EvalBatches, mix_seed, own_randomness, seed_augmentation
 
 
 class ImageSplit(Dataset):
@@ -51,20 +46,24 @@ class ImageSplit(Dataset):
         """A batch: keys are (epoch, position)."""
         if self.seed is None:
             return [self._item(position) for _, position in keys]
-        with _own_randomness():
+        with own_randomness():
             items = []
             for epoch, position in keys:
-                _seed_augmentation(self.seed, epoch, int(self.indices[position]))
+                seed_augmentation(self.seed, epoch, int(self.indices[position]))
                 items.append(self._item(position))
             return items
 
     def _item(self, position: int) -> tuple[torch.Tensor, int]:
+        image, target = self.read(position)
+        return self.transform(image), target
+
+    def read(self, position: int) -> tuple[Image.Image, int]:
+        """The decoded image and target at a position, before any transform."""
         index = int(self.indices[position])
         if index in self.decoded:
             pixels, target = self.decoded[index]
-            return self.transform(Image.fromarray(pixels)), target
-        image, target = read_image(self.source, index, self.mode)
-        return self.transform(image), target
+            return Image.fromarray(pixels), target
+        return read_image(self.source, index, self.mode)
 
 
 def read_image(source: Dataset, index: int, mode: str) -> tuple[Image.Image, int]:
@@ -86,72 +85,6 @@ def read_image(source: Dataset, index: int, mode: str) -> tuple[Image.Image, int
         except Exception:
             name = ""
         raise InputError(f"corrupt image{name} (row {index}): {' '.join(str(error).split())[:200]}") from None
-
-
-@contextlib.contextmanager
-def _own_randomness() -> Iterator[None]:
-    """Let a block reseed the CPU generators without touching the caller's (the main process, with 0 workers)."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def _seed_augmentation(*key: int) -> None:
-    seed = mix_seed(*key)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.random.default_generator.manual_seed(seed)  # the CPU's only: torch.manual_seed would reset the GPU's too
-
-
-def mix_seed(*key: int) -> int:
-    """A 63-bit seed from a tuple of integers; nearby tuples give unrelated seeds (splitmix64)."""
-    state = 0
-    for part in key:
-        state = (state + part + 0x9E3779B97F4A7C15) & (2**64 - 1)
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        state ^= state >> 31
-    return state >> 1
-
-
-class EpochBatches:
-    """A batch sampler: the batches of one process, epoch after epoch, from any point on.
-
-    Global batches are cut from a permutation of (seed, epoch); process r takes the r-th part of each. So one process
-    with batch 2B and two with batch B train on the same images in every update.
-    """
-
-    def __init__(self, length: int, batch_size: int, batches: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.length, self.batch_size, self.batches, self.seed = length, batch_size, batches, seed
-        self.rank, self.world, self.start = rank, world, 0
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, batch = divmod(self.start, self.batches)
-        while True:
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
-            for k in range(batch, self.batches):
-                begin = (k * self.world + self.rank) * self.batch_size
-                yield [(epoch, position) for position in order[begin : begin + self.batch_size]]
-            epoch, batch = epoch + 1, 0
-
-
-class EvalBatches:
-    """A batch sampler: every rank-th image in order, each exactly once over all processes, nothing padded."""
-
-    def __init__(self, length: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.positions, self.batch_size = range(rank, length, world), batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for k in range(0, len(self.positions), self.batch_size):
-            yield [(0, position) for position in self.positions[k : k + self.batch_size]]
-
-    def __len__(self) -> int:
-        return -(-len(self.positions) // self.batch_size)
 
 
 def train_transform(args, data_config: dict) -> Callable:
@@ -197,14 +130,13 @@ def eval_transform(data_config: dict) -> Callable:
 
 def train_batches(dataset: Dataset, args, accelerator, start: int, batches: int) -> Iterator:
     """Endless (images, targets) of this process, from micro-batch `start` of the run on, `batches` an epoch."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if isinstance(dataset, CachedSplit):
+        yield from dataset.train_batches(args.batch_size, batches, args.seed, start, rank, world)
     options = _loader_options(args, accelerator)
     if isinstance(dataset, IterableDataset):
         yield from _stream_batches(dataset, args, accelerator, start, batches, options)
-    sampler = EpochBatches(
-        *(len(dataset), args.batch_size, batches, args.seed),
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
+    sampler = EpochBatches(len(dataset), args.batch_size, batches, args.seed, rank, world)
     sampler.start = start
     generator = torch.Generator().manual_seed(args.seed)  # a loader without one draws from the global generator
     yield from DataLoader(dataset, batch_sampler=sampler, generator=generator, **options)
@@ -233,11 +165,13 @@ def _stream_batches(dataset, args, accelerator, start: int, batches: int, option
         epoch += 1
 
 
-def eval_loader(dataset: Dataset, args, accelerator) -> DataLoader:
+def eval_loader(dataset: Dataset, args, accelerator) -> Iterable:
     """Every image of a split exactly once over all processes."""
+    batch_size = args.validation_batch_size or args.batch_size
+    if isinstance(dataset, CachedSplit):
+        return dataset.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes)
     options = {**_loader_options(args, accelerator), "persistent_workers": False}
     generator = torch.Generator().manual_seed(0)
-    batch_size = args.validation_batch_size or args.batch_size
     if isinstance(dataset, IterableDataset):
         dataset.set_loader_cfg(num_workers=args.workers)
         return DataLoader(dataset, batch_size=batch_size, generator=generator, **options)

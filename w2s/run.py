@@ -23,8 +23,8 @@ from torch import nn
 
 from w2s.checkpoint import Finished, load_checkpoint, locate, plain, save_checkpoint
 from w2s.crossing import Clock, RunRecord, replacing
-from w2s.loading import mix_seed
 from w2s.options import InputError
+from w2s.order import mix_seed
 from w2s.trackers import check_trackers, close_trackers, start_trackers
 
 

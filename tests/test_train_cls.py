@@ -1018,11 +1018,11 @@ def test_resume_of_a_folder_that_is_no_checkpoint_is_refused(tmp_path, baseline)
     command = words(DIGITS, RESNET, "--evals-per-epoch 2 --target 0.5 99.5 --name run --output", tmp_path / "out")
     folder = baseline[0]
     assert "no checkpoint" in refusal(command, "--resume", folder)  # a run is none
-    broken = shutil.copytree(folder / "checkpoints" / "update-00000004", tmp_path / "broken")
+    broken = shutil.copytree(folder / "checkpoints" / "update-00000006", tmp_path / "broken")
     os.truncate(broken / "optimizer.bin", 100)
     message = refusal(command, "--resume", broken)
     assert "truncated" in message and "optimizer.bin" in message
-    message = refusal(command, "--lr 0.1 --resume", folder / "checkpoints" / "update-00000004")
+    message = refusal(command, "--lr 0.1 --resume", folder / "checkpoints" / "update-00000006")
     assert "different run" in message and "--lr" in message
     assert not (tmp_path / "out").exists()
 

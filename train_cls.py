@@ -93,7 +93,7 @@ def build_parser() -> Parser:
     add_switch(group, "--model-ema", "evaluate, compare and export the moving average of the weights")
     group.add_argument("--model-ema-decay", type=share, default=0.9998)
     add_switch(group, "--model-ema-warmup", "a smaller decay at first")
-    add_switch(group, "--channels-last", "NHWC memory format")
+    add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
     add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
 

@@ -1,7 +1,9 @@
 """timm's optimisers and schedules from the shared options; the learning rate is a function of the update."""
 
+import inspect
+
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -33,8 +35,10 @@ def build_optimizer(
         raise InputError(f"--warmup-epochs {args.warmup_epochs:g} is longer than the run of {epochs:g} epochs")
     if args.decay_epochs <= 0:
         raise InputError(f"--decay-epochs {args.decay_epochs:g}: must be above 0")
-    options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay, **args.opt_kwargs}
+    options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
     try:
+        takes = inspect.signature(get_optimizer_class(args.opt.removeprefix("lookahead_"))).parameters
+        options = {**options, "fused": True if "fused" in takes else None, **args.opt_kwargs}  # one kernel, all tensors
         optimizer = create_optimizer_v2(
             model,
             opt=args.opt,

@@ -110,9 +110,9 @@ class KeyValues(ParseKwargs):
             raise argparse.ArgumentError(self, f"takes NAME=VALUE words, got {' '.join(values)}") from None
 
 
-def add_switch(group: argparse._ArgumentGroup, name: str, help: str) -> None:
+def add_switch(group: argparse._ArgumentGroup, name: str, help: str, default: bool = False) -> None:
     """A yes/no option `--name` that `--no-name` takes back."""
-    group.add_argument(name, action=Switch, default=False, help=help)
+    group.add_argument(name, action=Switch, default=default, help=help)
 
 
 def add_run_options(parser: Parser) -> None:

@@ -51,10 +51,10 @@ class ImageSplit(Dataset):
         """A batch: keys are (epoch, position)."""
         if self.seed is None:
             return [self._item(position) for _, position in keys]
-        with _own_randomness():
+        with own_randomness():
             items = []
             for epoch, position in keys:
-                _seed_augmentation(self.seed, epoch, int(self.indices[position]))
+                seed_augmentation(self.seed, epoch, int(self.indices[position]))
                 items.append(self._item(position))
             return items
 
@@ -89,7 +89,7 @@ def read_image(source: Dataset, index: int, mode: str) -> tuple[Image.Image, int
 
 
 @contextlib.contextmanager
-def _own_randomness() -> Iterator[None]:
+def own_randomness() -> Iterator[None]:
     """Let a block reseed the CPU generators without touching the caller's (the main process, with 0 workers)."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -100,7 +100,7 @@ def _own_randomness() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _seed_augmentation(*key: int) -> None:
+def seed_augmentation(*key: int) -> None:
     seed = mix_seed(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -132,12 +132,16 @@ class EpochBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, batch = divmod(self.start, self.batches)
         while True:
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
+            order = self.order(epoch)
             for k in range(batch, self.batches):
                 begin = (k * self.world + self.rank) * self.batch_size
                 yield [(epoch, position) for position in order[begin : begin + self.batch_size]]
             epoch, batch = epoch + 1, 0
+
+    def order(self, epoch: int) -> list[int]:
+        """All positions in the order of an epoch, the same on all processes."""
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+        return torch.randperm(self.length, generator=generator).tolist()
 
 
 class EvalBatches:
@@ -197,7 +201,7 @@ def eval_transform(data_config: dict) -> Callable:
 
 def train_batches(dataset: Dataset, args, accelerator, start: int, batches: int) -> Iterator:
     """Endless (images, targets) of this process, from micro-batch `start` of the run on, `batches` an epoch."""
-    options = _loader_options(args, accelerator)
+    options = loader_options(args, accelerator)
     if isinstance(dataset, IterableDataset):
         yield from _stream_batches(dataset, args, accelerator, start, batches, options)
     sampler = EpochBatches(
@@ -235,7 +239,7 @@ def _stream_batches(dataset, args, accelerator, start: int, batches: int, option
 
 def eval_loader(dataset: Dataset, args, accelerator) -> DataLoader:
     """Every image of a split exactly once over all processes."""
-    options = {**_loader_options(args, accelerator), "persistent_workers": False}
+    options = {**loader_options(args, accelerator), "persistent_workers": False}
     generator = torch.Generator().manual_seed(0)
     batch_size = args.validation_batch_size or args.batch_size
     if isinstance(dataset, IterableDataset):
@@ -245,7 +249,7 @@ def eval_loader(dataset: Dataset, args, accelerator) -> DataLoader:
     return DataLoader(dataset, batch_sampler=sampler, generator=generator, **options)
 
 
-def _loader_options(args, accelerator) -> dict:
+def loader_options(args, accelerator) -> dict:
     return {
         "num_workers": args.workers,
         "pin_memory": accelerator.device.type == "cuda",

@@ -5,6 +5,7 @@ batch as the student resized it, its head outputs, the proposals it sampled.
 """
 
 import dataclasses
+import inspect
 import json
 from dataclasses import dataclass, field
 from functools import partial
@@ -119,6 +120,7 @@ class RetinaNet(_Watched, detection.RetinaNet):
     """torchvision's RetinaNet; labels count from 0."""
 
     first_label = 0
+    losses = ("classification", "bbox_regression")  # names of the task's own, in torchvision's order
 
     def __init__(self, backbone: nn.Module, **kwargs) -> None:
         super().__init__(backbone, **kwargs)
@@ -138,6 +140,7 @@ class FasterRCNN(_Watched, detection.FasterRCNN):
     """torchvision's Faster R-CNN; labels count from 1, 0 is the background."""
 
     first_label = 1
+    losses = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
 
     def __init__(self, backbone: nn.Module, **kwargs) -> None:
         super().__init__(backbone, **kwargs)
@@ -158,6 +161,9 @@ class FasterRCNN(_Watched, detection.FasterRCNN):
         return self.name_outputs({"rpn": rpn, "roi": self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))})
 
 
+DETECTORS = {"retinanet": RetinaNet, "fasterrcnn": FasterRCNN}
+
+
 def build_detector(config: DetectorConfig, pretrained: bool = False) -> RetinaNet | FasterRCNN:
     """The detector of a config, with random weights but for a `pretrained` backbone.
 
@@ -174,18 +180,19 @@ def build_detector(config: DetectorConfig, pretrained: bool = False) -> RetinaNe
     width, classes = config.fpn_channels, len(config.classes)
     options = {"min_size": config.min_size, "max_size": config.max_size, **config.detector_kwargs}
     options |= {"image_mean": list(cfg["mean"]), "image_std": list(cfg["std"])}
-    try:
-        if config.detector == "retinanet":
-            norm = group_norm if config.norm == "gn" else None
-            head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], classes, norm_layer=norm)
-            model = RetinaNet(backbone, num_classes=classes, anchor_generator=anchors, head=head, **options)
-        else:
-            options |= {"box_head": TwoMLPHead(width * 49, width * 4)}  # 256 channels: torchvision's 1024
-            options |= {"box_predictor": FastRCNNPredictor(width * 4, classes + 1)}
-            options["box_roi_pool"] = MultiScaleRoIAlign([str(k) for k in range(len(config.strides))], 7, 2)
-            model = FasterRCNN(backbone, rpn_anchor_generator=anchors, **options)
-    except TypeError as error:
-        raise InputError(f"--detector-kwargs: {error}") from None
+    kind = DETECTORS[config.detector]
+    known = inspect.signature(kind.__bases__[-1]).parameters  # torchvision itself lets unknown ones pass
+    if unknown := [name for name in config.detector_kwargs if name not in known or name == "kwargs"]:
+        raise InputError(f"--detector-kwargs: torchvision's {config.detector} has no '{unknown[0]}'")
+    if config.detector == "retinanet":
+        norm = group_norm if config.norm == "gn" else None
+        head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], classes, norm_layer=norm)
+        model = kind(backbone, num_classes=classes, anchor_generator=anchors, head=head, **options)
+    else:
+        options |= {"box_head": TwoMLPHead(width * 49, width * 4)}  # 256 channels: torchvision's 1024
+        options |= {"box_predictor": FastRCNNPredictor(width * 4, classes + 1)}
+        options["box_roi_pool"] = MultiScaleRoIAlign([str(k) for k in range(len(config.strides))], 7, 2)
+        model = kind(backbone, rpn_anchor_generator=anchors, **options)
     model.config = config
     return model
 

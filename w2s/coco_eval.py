@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from faster_coco_eval import COCO, COCOeval_faster
-from torchvision.io import write_png
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from w2s.boxes import DetectionSplit
@@ -94,7 +93,7 @@ def draw_predictions(
         texts = [f"{names[int(label) - split.first_label]} {score:.2f}" for score, label in seen[:, 4:].tolist()]
         rows[1].append(_drawn(pixels, torch.from_numpy(seen[:, :4]), texts, "orange"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(make_grid(rows[0] + rows[1], nrow=len(rows[0])), str(path))
+    to_pil_image(make_grid(rows[0] + rows[1], nrow=len(rows[0]))).save(path)
 
 
 def _drawn(pixels: torch.Tensor, boxes: torch.Tensor, labels: list[str], colour: str) -> torch.Tensor:

@@ -21,7 +21,7 @@ SIDES = (0.12, 0.36)  # of a digit, as shares of the canvas
 TRIES = 20  # to find a free place
 
 
-def write_digits(folder: Path, train: int = 600, val: int = 100, size: int = 128, digits: int = 6, seed: int = 0):
+def write_digits(folder: Path, train: int = 600, val: int = 100, size: int = 96, digits: int = 6, seed: int = 0):
     """Write train2017/, val2017/ and annotations/ into `folder`, complete or not at all.
 
     Args:
@@ -98,7 +98,7 @@ def _texture(generator: np.random.Generator, size: int) -> np.ndarray:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    for name, default in (("train", 600), ("val", 100), ("size", 128), ("digits", 6), ("seed", 0)):
+    for name, default in (("train", 600), ("val", 100), ("size", 96), ("digits", 6), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     options = vars(parser.parse_args(argv))
     write_digits(options.pop("folder"), **options)

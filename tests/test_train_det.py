@@ -7,7 +7,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import train_det
 import yaml
 from conftest import (
     DETECT,
@@ -21,6 +20,7 @@ from conftest import (
 )
 from PIL import Image
 
+import train_det
 from w2s.coco_eval import NUMBERS
 from w2s.detection import RetinaNet, load_detector
 from w2s.options import InputError

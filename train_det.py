@@ -15,7 +15,6 @@ torchvision's reference: SGD, linear warm-up, steps at epochs 16 and 22 of 26.
 
 import copy
 import json
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -246,20 +245,18 @@ def set_up_teacher(args, run: Run, student: nn.Module) -> DetectorTeacher:
 
 
 def flops_of(student: nn.Module, teacher: DetectorTeacher | None, data: DetectionData, images: int) -> dict:
-    """FLOPs of one update of the student and of the teacher's forward in it, counted on an image of middling size."""
+    """FLOPs of one update of the student and of the teacher's forward in it, counted on two training images."""
     device = next(student.parameters()).device
-    width, height = (round(statistics.median(side)) for side in zip(*data.train.sizes, strict=True))
-    box = torch.tensor([[0.0, 0.0, width / 2, height / 2]], device=device)
-    targets = [{"boxes": box, "labels": torch.ones(1, dtype=torch.int64, device=device)}]
+    items = data.train.__getitems__([(0, position) for position in range(min(2, len(data.train)))])
     model, seen = copy.deepcopy(student).train(), []
 
     def update() -> None:
-        losses, outputs = model([torch.rand(3, height, width, device=device)], targets)
+        losses, outputs = model(*to_device(*map(list, zip(*items, strict=True)), device))
         sum(losses.values()).backward()
         seen.append(outputs)
 
-    result = {"student_update": count_flops(update) * images}
-    result["teacher_forward"] = count_flops(lambda: teacher(seen[0])) * images if teacher else 0
+    result = {"student_update": count_flops(update) * images // len(items)}
+    result["teacher_forward"] = count_flops(lambda: teacher(seen[0])) * images // len(items) if teacher else 0
     return result
 
 

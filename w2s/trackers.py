@@ -60,7 +60,8 @@ def start_trackers(accelerator: accelerate.Accelerator, project: str, name: str,
 def log_picture(accelerator: accelerate.Accelerator, name: str, path: Path, update: int) -> None:
     """Hand a picture to the trackers, under `name`; from the main process."""
     for tracker in accelerator.trackers if accelerator.is_main_process else ():
-        tracker.log_images({name: np.asarray(Image.open(path).convert("RGB"))[None]}, step=update)
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: np.asarray(Image.open(path).convert("RGB"))[None]}, step=update, **layout)
 
 
 def close_trackers(accelerator: accelerate.Accelerator, summary: dict) -> None:

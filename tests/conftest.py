@@ -55,6 +55,14 @@ def words(*parts: object) -> list[str]:
     return flat
 
 
+# the same for train_det.py, --data apart: 6 updates an epoch
+DETECT = (
+    "--model resnet10t --model-kwargs channels=(8,8,16,16) stem_width=8 --norm gn --strides 8 16 --extra-levels 0 "
+    "--anchor-scale 2 --fpn-channels 16 --min-size 64 --max-size 64 --batch-size 4 --epochs 2 --workers 0 "
+    "--check-images 0 --switch-split 0.1 --opt adamw --lr 3e-3 --sched constant --validation-batch-size 8"
+)
+
+
 # ---- in this process ----
 
 
@@ -229,3 +237,13 @@ def tiny_teacher(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("teacher")
     call_script(train_cls.main, DIGITS, TEACHER, "--seed 7 --epochs 1 --name teacher --output", output)
     return output / "teacher"
+
+
+@pytest.fixture(scope="session")
+def digits_det(tmp_path_factory) -> Path:
+    """A little of the built-in detection data, in COCO's layout."""
+    from w2s.digits_det import write_digits
+
+    folder = tmp_path_factory.mktemp("digits") / "det"
+    write_digits(folder, train=36, val=7, size=64, digits=3)
+    return folder

@@ -17,10 +17,13 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, call_script
+from conftest import ROOT, call_script, words
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import train_det
+from w2s.detection import build_detector
+from w2s.detection import export as export_detector
 from w2s.models import create_model, export
 
 FOLDER = ROOT / "recipes"
@@ -28,8 +31,21 @@ RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 BASELINES = [name for name in RECIPES if name.endswith("_baseline")]
 TAUGHT = [name for name, path in RECIPES.items() if "teacher" in yaml.safe_load(path.read_text())]
 CONFIGS = sorted((FOLDER / "accelerate").glob("*.yaml"))
+TINY_DETECTOR = (
+    "--no-pretrained-backbone --min-size 64 --max-size 64 --fpn-channels 16 --model resnet10t "
+    "--model-kwargs channels=(8,8,16,16) stem_width=8"
+)
 # what has to agree for teacher and student to hold out the same images
-SPLIT_OPTIONS = ("dataset", "data_dir", "train_split", "target_key", "switch_split", "switch_seed", "num_classes")
+SPLIT_OPTIONS = (
+    "dataset",
+    "data_dir",
+    "data",
+    "train_split",
+    "target_key",
+    "switch_split",
+    "switch_seed",
+    "num_classes",
+)
 
 
 def head(path: Path) -> str:
@@ -176,9 +192,36 @@ def weak_teacher(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_runs_dry(name, request, tmp_path, capfd):
-    """`python train_cls.py -c RECIPE --dry-run` on a handful of images in the recipe's data format."""
+    """`python SCRIPT.py -c RECIPE --dry-run` on a handful of images in the recipe's data format."""
     script, args = script_of(name), parse(name)
-    assert script == "train_cls", f"no small data for {script} here yet: add some"
+    small = {"train_cls": small_images, "train_det": small_detection}[script](args, request, tmp_path)
+    main = importlib.import_module(script).main
+
+    call_script(main, ["-c", RECIPES[name], *small], "--workers 0 --dry-run --output", tmp_path / "out")
+
+    said = capfd.readouterr().err
+    assert f"{name}-seed0: " in said
+    assert "3 updates" in said
+    assert "done: " in said
+    assert ("distillation: lambda" in said) == bool(args.teacher)
+    assert not (tmp_path / "out").exists()
+
+
+def small_detection(args, request, tmp_path: Path) -> list:
+    """COCO recipes on a tiny backbone, and a pyramid to match: theirs take minutes here."""
+    small = words("--data", request.getfixturevalue("digits_det"), "--batch-size 4 --check-images 0")
+    if args.data == "coco":
+        small += words(TINY_DETECTOR)
+    if args.teacher:
+        config = train_det.resolve(train_det.build_parser().parse_recipe(["-c", args.config, *small]))
+        config.classes = [str(digit) for digit in range(10)]
+        folder = tmp_path / "weak"
+        export_detector(build_detector(config), folder)
+        small += ["--teacher", folder, "--teacher-score", "50"]
+    return small
+
+
+def small_images(args, request, tmp_path: Path) -> list:
     data = []
     if args.dataset.startswith("hfds/"):
         data = ["--dataset", f"hfds/{request.getfixturevalue('hub_folder')}", "--data-dir", tmp_path / "cache"]
@@ -191,17 +234,7 @@ def test_runs_dry(name, request, tmp_path, capfd):
         data += ["--train-samples", "40"]
     if args.teacher:
         data += ["--teacher", request.getfixturevalue("weak_teacher")]
-    small = "--img-size 32 --batch-size 4 --grad-accum-steps 1 --workers 0 --dry-run --output"
-    main = importlib.import_module(script).main
-
-    call_script(main, ["-c", RECIPES[name], *data], small, tmp_path / "out")
-
-    said = capfd.readouterr().err
-    assert f"{name}-seed0: {args.model} (" in said
-    assert "3 updates" in said
-    assert "done: top1" in said
-    assert ("distillation: lambda" in said) == bool(args.teacher)
-    assert not (tmp_path / "out").exists()
+    return words(data, "--img-size 32 --batch-size 4 --grad-accum-steps 1")
 
 
 # ---- slurm.sh ----

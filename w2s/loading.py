@@ -133,7 +133,7 @@ def train_batches(dataset: Dataset, args, accelerator, start: int, batches: int)
     rank, world = accelerator.process_index, accelerator.num_processes
     if isinstance(dataset, CachedSplit):
         yield from dataset.train_batches(args.batch_size, batches, args.seed, start, rank, world)
-    options = _loader_options(args, accelerator)
+    options = loader_options(args, accelerator)
     if isinstance(dataset, IterableDataset):
         yield from _stream_batches(dataset, args, accelerator, start, batches, options)
     sampler = EpochBatches(len(dataset), args.batch_size, batches, args.seed, rank, world)
@@ -170,7 +170,7 @@ def eval_loader(dataset: Dataset, args, accelerator) -> Iterable:
     batch_size = args.validation_batch_size or args.batch_size
     if isinstance(dataset, CachedSplit):
         return dataset.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes)
-    options = {**_loader_options(args, accelerator), "persistent_workers": False}
+    options = {**loader_options(args, accelerator), "persistent_workers": False}
     generator = torch.Generator().manual_seed(0)
     if isinstance(dataset, IterableDataset):
         dataset.set_loader_cfg(num_workers=args.workers)
@@ -179,7 +179,8 @@ def eval_loader(dataset: Dataset, args, accelerator) -> Iterable:
     return DataLoader(dataset, batch_sampler=sampler, generator=generator, **options)
 
 
-def _loader_options(args, accelerator) -> dict:
+def loader_options(args, accelerator) -> dict:
+    """What all loaders of a run have in common."""
     return {
         "num_workers": args.workers,
         "pin_memory": accelerator.device.type == "cuda",

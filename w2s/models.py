@@ -4,10 +4,12 @@ Importing this module registers `small_stem` with timm, so an export of such a m
 `timm.create_model("local-dir:FOLDER", pretrained=True)` once `w2s.models` is imported.
 """
 
+import contextlib
 import copy
 import difflib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import timm
@@ -152,13 +154,22 @@ def load_folder(folder: Path) -> nn.Module:
 
 def export(model: nn.Module, folder: Path) -> None:
     """Write model.safetensors and config.json into `folder`, complete or as it was before."""
+    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other layout
+    with replacing_folder(folder) as beside:
+        save_for_hf(model, beside, model_args=getattr(model, "w2s_args", None), safe_serialization=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` once the block is done and all is on disk."""
     beside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     shutil.rmtree(beside, ignore_errors=True)
-    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other layout
-    save_for_hf(model, beside, model_args=getattr(model, "w2s_args", None), safe_serialization=True)
-    for file in beside.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+    beside.mkdir(parents=True)
+    yield beside
+    for file in beside.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

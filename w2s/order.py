@@ -63,11 +63,15 @@ class EpochBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, batch = divmod(self.start, self.batches)
         while True:
-            order = epoch_order(self.length, self.seed, epoch).tolist()
+            order = self.order(epoch)
             for k in range(batch, self.batches):
                 begin = (k * self.world + self.rank) * self.batch_size
                 yield [(epoch, position) for position in order[begin : begin + self.batch_size]]
             epoch, batch = epoch + 1, 0
+
+    def order(self, epoch: int) -> list[int]:
+        """All positions in the order of an epoch, the same on all processes."""
+        return epoch_order(self.length, self.seed, epoch).tolist()
 
 
 class EvalBatches:

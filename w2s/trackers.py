@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import accelerate
+import numpy as np
+from PIL import Image
 
 from w2s.crossing import TRACKER_AXES
 from w2s.options import InputError
@@ -53,6 +55,13 @@ def start_trackers(accelerator: accelerate.Accelerator, project: str, name: str,
         for axis in TRACKER_AXES:
             board.define_metric(axis, hidden=True)
             board.define_metric("eval/*" if axis == "epoch" else f"by_{axis}/*", step_metric=axis)
+
+
+def log_picture(accelerator: accelerate.Accelerator, name: str, path: Path, update: int) -> None:
+    """Hand a picture to the trackers, under `name`; from the main process."""
+    for tracker in accelerator.trackers if accelerator.is_main_process else ():
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: np.asarray(Image.open(path).convert("RGB"))[None]}, step=update, **layout)
 
 
 def close_trackers(accelerator: accelerate.Accelerator, summary: dict) -> None:

@@ -1,0 +1,147 @@
+"""The detectors' distillation terms: zero where both agree, hand-made numbers, gradients; who lines up with whom."""
+
+import copy
+import dataclasses
+
+import accelerate
+import pytest
+import torch
+from test_detection import KINDS, batch, tiny
+from torch.distributions import Bernoulli, kl_divergence
+
+from w2s.detection import TERMS, Seen, build_detector, export
+from w2s.detection_kd import DetectorTeacher, check_lined_up, distillation_terms, load_detector_teacher
+from w2s.options import InputError
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return accelerate.Accelerator(cpu=True)
+
+
+def pair(kind: str, accelerator, same: bool = False):
+    """A student in training, and a teacher: its copy, or one of another backbone and width."""
+    torch.manual_seed(0)
+    student = build_detector(tiny(kind, norm="gn"))
+    narrow = {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    other = None if same else tiny(kind, "convnext_atto", model_kwargs=narrow, fpn_channels=8)
+    model = copy.deepcopy(student) if same else build_detector(other)
+    return student, DetectorTeacher(model, "somewhere", accelerator, student)
+
+
+@KINDS
+def test_every_term_is_zero_where_the_teacher_is_the_student(kind, accelerator):
+    student, teacher = pair(kind, accelerator, same=True)
+    _, seen = student(*batch(student.first_label))
+    terms = distillation_terms(seen, teacher(seen), 3.0)
+    assert tuple(terms) == TERMS[kind]
+    assert all(term.item() == 0 for term in terms.values())
+
+
+@KINDS
+def test_terms_are_positive_and_teach_the_student_only(kind, accelerator):
+    student, teacher = pair(kind, accelerator)
+    if kind == "fasterrcnn":  # an untrained teacher sees no object
+        teacher.model.roi_heads.box_predictor.cls_score.bias[2] = 5.0
+    images, targets = batch(student.first_label)
+    _, seen = student(images, targets)
+    terms = distillation_terms(seen, teacher(seen), 2.0)
+    assert tuple(terms) == TERMS[kind] and all(term.item() > 0 for term in terms.values())
+    sum(terms.values()).backward()
+    assert all(p.grad is None for p in teacher.model.parameters())
+    assert all(p.grad is not None for n, p in student.named_parameters() if "extra" not in n and p.requires_grad)
+    assert teacher.calls == 1
+
+
+@KINDS
+def test_teacher_and_student_see_the_same_pixels_whatever_their_normalisation(kind, accelerator):
+    student, teacher = pair(kind, accelerator, same=True)
+    _, seen = student(*batch(student.first_label))
+    expected = teacher(seen)
+    shifted = copy.deepcopy(student)
+    shifted.transform.image_mean, shifted.transform.image_std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    torch.manual_seed(0)
+    _, other = shifted(*batch(student.first_label))
+    assert not torch.equal(other.images.tensors, seen.images.tensors)
+    adapted = DetectorTeacher(teacher.model, "somewhere", accelerator, shifted)
+    outputs = adapted(other._replace(proposals=seen.proposals))
+    for name in expected:
+        torch.testing.assert_close(outputs[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_dense_terms_are_the_weighted_sums_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (
+        {"cls": 2 * torch.randn(2, 7, 3, generator=generator), "box": torch.randn(2, 7, 4, generator=generator)}
+        for _ in range(2)
+    )
+    terms = distillation_terms(Seen(None, ours, None), theirs, 2.0)
+    weight = theirs["cls"].sigmoid().amax(-1)
+    divergence = kl_divergence(Bernoulli(logits=theirs["cls"] / 2), Bernoulli(logits=ours["cls"] / 2)).sum(-1) * 4
+    torch.testing.assert_close(terms["cls"], (divergence * weight).sum() / weight.sum())
+    distance = (ours["box"] - theirs["box"]).abs()
+    huber = torch.where(distance < 1 / 9, 4.5 * distance**2, distance - 1 / 18).sum(-1)
+    torch.testing.assert_close(terms["box"], (huber * weight).sum() / weight.sum())
+
+
+def test_roi_boxes_follow_the_class_the_teacher_sees():
+    dense = {"rpn_cls": torch.zeros(5, 1), "rpn_box": torch.zeros(5, 4)}
+    ours = dense | {"roi_cls": torch.zeros(3, 3), "roi_box": torch.zeros(3, 12)}
+    theirs = dense | {"roi_cls": torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 0, 9]]), "roi_box": torch.zeros(3, 12)}
+    theirs["roi_box"][0] = 7.0  # the teacher sees background there
+    theirs["roi_box"][1, 8:] = 7.0  # not the class it sees
+    assert distillation_terms(Seen(None, ours, []), theirs, 1.0)["roi_box"] == 0
+    theirs["roi_box"][2, 8:] = 1.0  # the class it sees, in one of two objects
+    torch.testing.assert_close(
+        distillation_terms(Seen(None, ours, []), theirs, 1.0)["roi_box"], torch.tensor(4 * (1 - 1 / 18) / 2)
+    )
+    theirs["roi_cls"] = torch.tensor([[9.0, 0, 0]] * 3)
+    assert distillation_terms(Seen(None, ours, []), theirs, 1.0)["roi_box"] == 0  # no object: 0, not 0 / 0
+
+
+@KINDS
+def test_a_teacher_detects_on_lists_of_images(kind, accelerator):
+    student, teacher = pair(kind, accelerator, same=True)
+    images, _ = batch()
+    with torch.no_grad():
+        for ours, theirs in zip(teacher(images), student.eval()(images), strict=True):
+            assert torch.equal(ours["boxes"], theirs["boxes"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"detector": "fasterrcnn", "extra_levels": 2, "anchor_scale": 4.0}, "its detector: fasterrcnn"),
+        ({"classes": ["1", "2"]}, "number of classes: 2, the student's: 5"),
+        ({"classes": ["1", "2", "3", "5", "4"]}, "its class '5' is '4' in the data"),
+        ({"strides": [8, 16, 32]}, "strides"),
+        ({"extra_levels": 1}, "number of extra levels: 1, the student's: 2"),
+        ({"anchor_scale": 3.0}, "anchor sides"),
+    ],
+)
+def test_a_teacher_that_does_not_line_up_is_refused_with_the_reason(change, message):
+    with pytest.raises(InputError, match=message):
+        check_lined_up(tiny(), dataclasses.replace(tiny(), **change), "old_run")
+
+
+def test_backbone_width_norm_and_size_may_differ():
+    other = tiny(backbone="resnet14t", fpn_channels=32, norm="gn", min_size=32)
+    check_lined_up(tiny(), other, "old_run")
+
+
+def test_a_teacher_is_a_folder_or_a_weights_file_with_its_backbone(tmp_path):
+    model = build_detector(tiny(backbone="resnet14t"))
+    export(model, tmp_path / "old" / "model")
+    kwargs = model.config.model_kwargs
+    for spec, backbone, given in (("old", None, {}), ("old/model/model.safetensors", "resnet14t", kwargs)):
+        loaded, source = load_detector_teacher(str(tmp_path / spec), backbone, given, tiny())
+        assert source.startswith(str(tmp_path / "old"))
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    for spec, backbone, message in (
+        ("old/model/model.safetensors", None, "name its timm backbone"),
+        ("old/model/model.safetensors", "resnet10t", "another architecture|does not fit"),
+        ("old", "resnet14t", "go with a weights file"),
+        ("new", None, "no such run folder or file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_detector_teacher(str(tmp_path / spec), backbone, kwargs if backbone else {}, tiny())

@@ -1,0 +1,255 @@
+"""train_det.py end to end on a handful of tiny canvases: both detectors, both arms, silence, faults, bad input."""
+
+import json
+import signal
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import (
+    DETECT,
+    call_script,
+    read_rows,
+    read_summary,
+    start_script,
+    timeless,
+    watching_forwards,
+    weights_of,
+)
+from PIL import Image
+
+import train_det
+from w2s.coco_eval import NUMBERS
+from w2s.detection import RetinaNet, load_detector
+from w2s.options import InputError
+from w2s.run import NonFiniteLoss
+
+LOSSES = ("classification", "bbox_regression")
+WEAK = "--model-kwargs channels=(8,8,8,8) stem_width=8 --fpn-channels 8"
+TAUGHT = "--kd-weight 1 --kd-warmup 0.5 --kd-hold 0.5 --kd-decay 0.5 --kd-temperature 2 1 --kd-off never"
+
+
+@pytest.fixture(scope="module")
+def teacher(digits_det, tmp_path_factory):
+    """A finished run, small enough to be anyone's weak teacher."""
+    output = tmp_path_factory.mktemp("teacher")
+    call_script(train_det.main, DETECT, WEAK, "--epochs 1 --seed 7 --name weak --data", digits_det, "--output", output)
+    return output / "weak"
+
+
+@pytest.fixture(scope="module")
+def baseline(digits_det, tmp_path_factory):
+    output = tmp_path_factory.mktemp("baseline")
+    more = "--target AP50=1 90 --log-with tensorboard --name run --data"
+    call_script(train_det.main, DETECT, more, digits_det, "--output", output)
+    return output / "run"
+
+
+@pytest.fixture(scope="module")
+def treated(digits_det, teacher, tmp_path_factory):
+    output = tmp_path_factory.mktemp("treated")
+    call_script(
+        *(train_det.main, DETECT, TAUGHT, "--target 1 --name run --data", digits_det),
+        *("--teacher", teacher, "--output", output),
+    )
+    return output / "run"
+
+
+# ---- what a run leaves ----
+
+
+def test_a_baseline(baseline):
+    rows, summary = read_rows(baseline), read_summary(baseline)
+    assert summary["task"] == "det" and summary["status"] == "finished" and summary["metric"] == "AP50"
+    assert [row["epoch"] for row in rows] == ["1.0", "2.0"]
+    assert set(summary["targets"]) == {"1", "90"} and summary["teacher"] is None
+    assert summary["data"]["report"] == 7 and summary["data"]["switch"] > 0
+    for row in rows:
+        assert all(float(row[name]) >= -1 for name in NUMBERS[:6])
+        parts = sum(float(row[name]) for name in LOSSES)
+        assert parts == pytest.approx(float(row["task_loss"]), rel=1e-5)
+        assert row["train_loss"] == row["task_loss"] and row["kd_loss"] == row["kd_cls"] == ""
+    assert summary["flops"]["student_update"] > 0 and summary["flops"]["teacher_forward"] == 0
+    assert list(baseline.glob("tensorboard/**/events*"))
+    picture = np.asarray(Image.open(baseline / "predictions.png"))
+    assert picture.shape[0] > 2 * 256 and picture.shape[1] > 7 * 256
+
+
+def test_a_taught_run_falls_silent_at_the_end_of_its_window(treated, teacher):
+    rows, summary = read_rows(treated), read_summary(treated)
+    assert summary["teacher"]["checkpoint"] == str(teacher / "model")
+    assert summary["teacher"]["model"] == "retinanet_resnet10t"
+    assert summary["kd_off"]["reason"] == "window" or summary["kd_off"]["epoch"] == 1.5
+    assert all(float(row[f"kd_{name}"]) > 0 for row in rows for name in ("cls", "box"))
+    for row in rows:
+        kd = float(row["kd_cls"]) + float(row["kd_box"])
+        assert kd == pytest.approx(float(row["kd_loss"]), rel=1e-5)
+    assert rows[0]["switch_AP50"] != "" and rows[1]["switch_AP50"] == ""
+    assert summary["flops"]["teacher_forward"] > 0
+    assert float(rows[1]["teacher_seconds"]) > 0
+
+
+def test_teacher_is_scored_by_the_students_pipeline(treated, teacher):
+    last = read_rows(teacher)[-1]
+    assert read_summary(treated)["teacher"]["report"] == pytest.approx(float(last["AP50"]), abs=1e-9)
+
+
+def test_weight_zero_is_bit_equal_to_no_teacher_and_never_calls_it(digits_det, teacher, baseline, tmp_path):
+    calls = []
+
+    def see(module, inputs):
+        if isinstance(module, RetinaNet) and not module.training and not isinstance(inputs[0], list):
+            calls.append(module)
+
+    with watching_forwards(see), mock.patch.object(RetinaNet, "look", side_effect=AssertionError("called")):
+        call_script(
+            *(train_det.main, DETECT, "--kd-weight 0 --kd-off never --name run --target AP50=1 90 --data", digits_det),
+            *("--teacher", teacher, "--teacher-score 99 --output", tmp_path),
+        )
+    assert weights_of(tmp_path / "run") == weights_of(baseline)
+
+
+def test_surpass_switches_off_for_good(digits_det, teacher, tmp_path):
+    looks, look = [], RetinaNet.look
+
+    def counted(self, seen):
+        looks.append(seen)
+        return look(self, seen)
+
+    def always_fifty(model, split, args, accelerator):
+        return dict.fromkeys(NUMBERS, 50.0), [np.zeros((0, 6))] * len(split)
+
+    with mock.patch.object(RetinaNet, "look", counted), mock.patch.object(train_det, "validate", always_fifty):
+        call_script(
+            *(train_det.main, DETECT, "--kd-warmup 0 --kd-hold 2 --kd-decay 0 --kd-patience 1 --data", digits_det),
+            *("--teacher", teacher, "--teacher-score 49 --name run --output", tmp_path),
+        )
+    summary, rows = read_summary(tmp_path / "run"), read_rows(tmp_path / "run")
+    assert summary["kd_off"]["epoch"] == 1 and summary["status"] == "finished"
+    assert [row["kd_active"] for row in rows] == ["0", "0"] and rows[1]["kd_loss"] == ""
+    assert len(looks) == int(rows[0]["update"]) + 1  # and once to count its FLOPs
+
+
+def test_faster_rcnn_both_arms(digits_det, tmp_path):
+    small = "--detector fasterrcnn --detector-kwargs box_batch_size_per_image=16 rpn_post_nms_top_n_train=50 --epochs 1"
+    common = (train_det.main, DETECT, small, "--output", tmp_path, "--data", digits_det)
+    call_script(*common, WEAK, "--name weak")
+    call_script(*common, TAUGHT, "--kd-warmup 0 --kd-hold 1 --kd-decay 0 --name taught --teacher", tmp_path / "weak")
+    row = read_rows(tmp_path / "taught")[-1]
+    assert all(float(row[f"kd_{name}"]) > 0 for name in ("rpn_cls", "rpn_box", "roi_cls"))
+    names = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+    assert sum(float(row[name]) for name in names) == pytest.approx(float(row["task_loss"]), rel=1e-5)
+    assert load_detector(str(tmp_path / "taught"))[0].first_label == 1
+
+
+def test_eval_only_prints_the_twelve_numbers_of_the_run(baseline, digits_det, tmp_path, capsys):
+    more = "--eval-only --name again --validation-batch-size 1 --data"
+    call_script(
+        *(train_det.main, more, digits_det, "--check-images 0 --workers 0"),
+        *("--initial-checkpoint", baseline, "--output", tmp_path),
+    )
+    numbers = json.loads(capsys.readouterr().out)
+    assert tuple(numbers) == NUMBERS
+    assert numbers["AP50"] == pytest.approx(float(read_rows(baseline)[-1]["AP50"]), abs=1e-6)
+    assert isinstance(json.loads((tmp_path / "again" / "detections.json").read_text()), list)
+    assert (tmp_path / "again" / "predictions.png").is_file()
+
+
+def test_a_dry_run_leaves_nothing(digits_det, tmp_path, capfd):
+    more = "--dry-run --lsj 64 --photometric --model-ema --grad-accum-steps 2 --clip-grad 1 --channels-last --data"
+    call_script(train_det.main, DETECT, more, digits_det, "--output", tmp_path / "out")
+    assert "done: AP50" in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---- faults ----
+
+
+def test_killed_within_an_epoch_it_ends_in_the_same_bits(digits_det, teacher, treated, tmp_path):
+    parts = (DETECT, TAUGHT, "--target 1 --name run --data", digits_det, "--teacher", teacher)
+    parts += ("--output", tmp_path, "--recovery-interval 2 --resume auto")
+    started = start_script("train_det", tmp_path / "log", *parts)
+    assert started.wait_for((tmp_path / "run" / "checkpoints" / "update-00000004" / "state.json").exists), started.text
+    started.kill(signal.SIGKILL)
+    started.wait()
+    call_script(train_det.main, *parts)
+    assert "resumed from" in (tmp_path / "run" / "log.txt").read_text()
+    assert weights_of(tmp_path / "run") == weights_of(treated)
+    assert timeless(tmp_path / "run") == timeless(treated)
+
+
+def test_two_processes_train_as_one(digits_det, teacher, tmp_path):
+    parts = (DETECT, TAUGHT, "--target 1 --epochs 1 --kd-hold 0 --data", digits_det, "--teacher", teacher)
+    parts += ("--output", tmp_path)
+    started = start_script("train_det", tmp_path / "log", *parts, "--batch-size 2 --name two", processes=2)
+    call_script(train_det.main, *parts, "--name one")
+    assert started.wait() == [0, 0], started.text
+    one, two = (load_detector(str(tmp_path / name))[0] for name in ("one", "two"))
+    for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-3)
+    rows = [read_rows(tmp_path / name)[0] for name in ("one", "two")]
+    assert rows[0]["update"] == rows[1]["update"] and rows[0]["lr"] == rows[1]["lr"]
+    assert float(rows[0]["task_loss"]) == pytest.approx(float(rows[1]["task_loss"]), rel=1e-3)
+    scores = [read_summary(tmp_path / name)["teacher"] for name in ("one", "two")]
+    assert scores[0] == scores[1], "the same twelve numbers on one and two processes, 7 images"
+
+
+def test_a_non_finite_loss_ends_the_run(digits_det, tmp_path):
+    with pytest.raises(NonFiniteLoss, match="not finite"):
+        call_script(train_det.main, DETECT, "--opt sgd --lr 1e20 --name run --data", digits_det, "--output", tmp_path)
+    assert read_summary(tmp_path / "run")["status"] == "failed"
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data nowhere", "no such folder"),
+        ("--data {data} --model resnet51", "unknown model 'resnet51'"),
+        ("--data {data} --strides 3", "no stride 3"),
+        ("--data {data} --norm ln", "--norm ln"),
+        ("--data {data} --min-size 100", "--min-size 100 is above --max-size 64"),
+        ("--data {data} --detector yolo", "invalid choice: 'yolo'"),
+        ("--data {data} --target top1=3", "the reported metric of this run is AP50"),
+        ("--data {data} --target AP50=120", "AP50 lies above 0 and up to 100"),
+        ("--data {data} --batch-size 64", "fewer than one update of 64"),
+        ("--data {data} --lsj 64 --scale-jitter 32 64", "exclude each other"),
+        ("--data {data} --scale-jitter 64 32", "takes LOW and HIGH"),
+        ("--data {data} --teacher nowhere", "--teacher nowhere: no such run folder or file"),
+        ("--data {data} --teacher {teacher} --strides 4 8", r"does not line up: its strides: \[8, 16\]"),
+        ("--data {data} --teacher {teacher} --anchor-scale 4", "does not line up: its anchor sides"),
+        ("--data {data} --teacher {teacher} --detector fasterrcnn", "does not line up: its detector"),
+        ("--data {data} --teacher {teacher} --switch-split 0", "--switch-split 0 leaves no images"),
+        ("--data {data} --teacher {teacher} --kd-hold 9", "longer than the run of 2"),
+        ("--data {data} --teacher-score 3 --teacher {teacher} --resume nowhere", "is no checkpoint"),
+        ("--data {data} --eval-only --name none", "holds no exported model"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(words, message, digits_det, teacher, tmp_path):
+    words = words.format(data=digits_det, teacher=teacher)
+    with pytest.raises(InputError, match=message) as error:
+        call_script(train_det.main, DETECT, words, "--output", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_of_other_classes_is_refused(digits_det, teacher, tmp_path):
+    folder = tmp_path / "data"
+    (folder / "annotations").mkdir(parents=True)
+    for part in ("train", "val"):
+        (folder / f"{part}2017").symlink_to(digits_det / f"{part}2017")
+        name = f"instances_{part}2017.json"
+        truth = json.loads((digits_det / "annotations" / name).read_text())
+        truth["categories"][3]["name"] = "drei"
+        (folder / "annotations" / name).write_text(json.dumps(truth))
+    with pytest.raises(InputError, match="its class '3' is 'drei' in the data"):
+        call_script(train_det.main, DETECT, "--data", folder, "--teacher", teacher, "--output", tmp_path / "out")
+
+
+def test_args_yaml_is_a_recipe(baseline, digits_det):
+    args = train_det.build_parser().parse_recipe(["-c", str(baseline / "args.yaml")])
+    assert args.data == str(digits_det) and args.strides == [8, 16] and args.extra_levels == 0
+    assert yaml.safe_load((baseline / "args.yaml").read_text())["norm"] == "gn"

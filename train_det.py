@@ -1,0 +1,359 @@
+#!/usr/bin/env python
+r"""Train an object detector, sooner with a weaker teacher's help.
+
+One GPU or CPU      python train_det.py -c recipes/digits_det_w2s.yaml
+One node, 8 GPUs    accelerate launch --config_file recipes/accelerate/one_node_8gpu.yaml train_det.py \
+                        -c recipes/coco_retinanet_r50_w2s.yaml --data coco
+Two nodes           accelerate launch --config_file recipes/accelerate/two_nodes.yaml --machine_rank 0|1 \
+                        --main_process_ip HOST train_det.py -c RECIPE
+Resume              the same command with --resume auto
+Evaluate            python train_det.py --eval-only --initial-checkpoint RUN --data coco
+
+Without --teacher this trains a baseline, which is also how a teacher is made. Schedule and losses are those of
+torchvision's reference: SGD, linear warm-up, steps at epochs 16 and 22 of 26.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from w2s.boxes import DetectionSplit, eval_loader, train_batches
+from w2s.coco import DetectionData, load_detection
+from w2s.coco_eval import NUMBERS, draw_predictions, gather, record, shared_numbers, write_detections
+from w2s.crossing import RunRecord
+from w2s.detection import DETECTORS, TERMS, DetectorConfig, build_detector, export, load_detector
+from w2s.detection_kd import DetectorTeacher, distillation_terms, load_detector_teacher
+from w2s.models import find_model, load_weights
+from w2s.optim import build_optimizer, scaled_lr
+from w2s.options import (
+    InputError,
+    KeyValues,
+    Parser,
+    add_kd_options,
+    add_optimizer_options,
+    add_run_options,
+    add_switch,
+    early_phase,
+    natural_int,
+    parse_targets,
+    positive_int,
+    share,
+)
+from w2s.run import Run, call_main
+from w2s.teacher import score_teacher
+from w2s.trackers import log_picture
+from w2s.training import Job, count_flops, grid_point
+
+METRICS = NUMBERS[:6]
+
+
+def build_parser() -> Parser:
+    """All options; shared groups come from w2s.options."""
+    parser = Parser(__doc__)
+    add_run_options(parser)
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", metavar="FOLDER", help="COCO's layout (train2017/ val2017/ annotations/), digits_det, hfds/..."
+    )
+    group.add_argument("--train-images", metavar="DIR", help="in place of --data, with the three options below")
+    group.add_argument("--train-json", metavar="FILE")
+    group.add_argument("--val-images", metavar="DIR")
+    group.add_argument("--val-json", metavar="FILE", help="reported on, decides nothing")
+    group.add_argument("--train-split", default="train", metavar="NAME", help="of hfds/...")
+    group.add_argument("--val-split", default="validation", metavar="NAME", help="of hfds/...")
+    group.add_argument("--input-key", metavar="KEY", help="column of the image (image)")
+    group.add_argument("--target-key", metavar="KEY", help="column of the objects (objects)")
+    group.add_argument("--bbox-format", choices=["xywh", "xyxy"], default="xywh", help="of hfds/... (xywh)")
+    add_switch(group, "--fix-boxes", "drop boxes without area and clip those that reach outside, instead of stopping")
+    add_switch(group, "--keep-empty", "train on images without boxes, too")
+    group.add_argument(
+        "--check-images", type=int, default=2000, metavar="N", help="decode N images a split first (-1: all)"
+    )
+    group.add_argument("-j", "--workers", type=natural_int, default=4, metavar="N", help="loader workers a process")
+
+    group = parser.add_argument_group("model (timm backbone, torchvision detector)")
+    group.add_argument("--detector", choices=list(DETECTORS), default="retinanet")
+    group.add_argument("--model", default="resnet50", metavar="NAME", help="timm backbone")
+    add_switch(group, "--pretrained-backbone", "start from timm's pretrained weights")
+    group.add_argument("--initial-checkpoint", metavar="PATH", help="start from a run folder or a weights file")
+    group.add_argument("--norm", metavar="KIND", help="frozen_bn (default if pretrained), bn (default if not) or gn")
+    group.add_argument(
+        "--trainable-layers", type=natural_int, metavar="N", help="last stages to train (3 if pretrained, else all)"
+    )
+    group.add_argument("--strides", type=positive_int, nargs="+", metavar="N", help="levels: 8 16 32, or 4 8 16 32")
+    group.add_argument(
+        "--extra-levels", type=natural_int, metavar="N", help="above them: 2 (RetinaNet), 1 (Faster R-CNN)"
+    )
+    group.add_argument("--anchor-scale", type=float, metavar="X", help="anchor side over stride: 4, or 8")
+    group.add_argument("--fpn-channels", type=positive_int, default=256, metavar="N")
+    group.add_argument("--min-size", type=positive_int, default=800, metavar="PX", help="images: shorter side")
+    group.add_argument("--max-size", type=positive_int, default=1333, metavar="PX", help="and longer side at most")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="timm's")
+    group.add_argument(
+        "--detector-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="torchvision's"
+    )
+    add_switch(group, "--model-ema", "evaluate, compare and export the moving average of the weights")
+    group.add_argument("--model-ema-decay", type=share, default=0.9998)
+    add_switch(group, "--model-ema-warmup", "a smaller decay at first")
+    add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
+    add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
+    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="the backbone")
+
+    add_kd_options(parser)
+    add_optimizer_options(parser)
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive_int, default=26)
+    group.add_argument("-b", "--batch-size", type=positive_int, default=2, metavar="N", help="per process")
+    group.add_argument("--validation-batch-size", type=positive_int, metavar="N", help="per process; decides nothing")
+    group.add_argument("--grad-accum-steps", type=positive_int, default=1, metavar="N")
+    group.add_argument("--evals-per-epoch", type=positive_int, default=1, metavar="N")
+    group.add_argument(
+        "--switch-metric", choices=["AP50", "AP"], default="AP50", help="of --target, --teacher-score and switch-off"
+    )
+    add_switch(group, "--group-aspect", "batches of images of one aspect ratio (default)")
+
+    group = parser.add_argument_group("augmentation (torchvision)")
+    group.add_argument("--hflip", type=float, default=0.5)
+    group.add_argument("--scale-jitter", type=positive_int, nargs=2, metavar="PX", help="shorter side from LOW to HIGH")
+    group.add_argument("--lsj", type=positive_int, metavar="PX", help="large-scale jitter on a canvas of this size")
+    add_switch(group, "--photometric", "distort colours, as SSD does")
+    # torchvision's reference, for a global batch of 16
+    parser.set_defaults(group_aspect=True, lr_base=0.02, lr_base_size=16, weight_decay=1e-4, sched="multistep")
+    parser.set_defaults(decay_milestones=[16.0, 22.0], warmup_lr=2e-5)
+    return parser
+
+
+def resolve(args) -> DetectorConfig:
+    """Fill in defaults that depend on other options; returns the student's build, its classes still to come.
+
+    Raises:
+        InputError: options that exclude each other.
+    """
+    pretrained = args.pretrained_backbone
+    args.norm = args.norm or ("frozen_bn" if pretrained else "bn")
+    if args.trainable_layers is None and pretrained:
+        args.trainable_layers = 3
+    if args.lsj and args.scale_jitter:
+        raise InputError("--lsj and --scale-jitter exclude each other")
+    if args.scale_jitter and args.scale_jitter[0] > args.scale_jitter[1]:
+        raise InputError(f"--scale-jitter takes LOW and HIGH, got {args.scale_jitter[0]} {args.scale_jitter[1]}")
+    if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(None):
+        raise InputError(
+            f"--torchcompile {args.torchcompile}: not among {', '.join(torch._dynamo.list_backends(None))}"
+        )
+    args.name = args.name or f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
+    config = DetectorConfig(
+        *(args.detector, args.model, [], args.norm, args.strides or [], args.extra_levels, args.anchor_scale),
+        *(args.fpn_channels, args.min_size, args.max_size, args.trainable_layers),
+        *(args.model_kwargs, args.detector_kwargs),
+    )
+    args.strides, args.extra_levels, args.anchor_scale = config.strides, config.extra_levels, config.anchor_scale
+    return config
+
+
+def build_student(args, config: DetectorConfig) -> nn.Module:
+    """The student, with the weights it starts from."""
+    student = build_detector(config, args.pretrained_backbone)
+    if args.initial_checkpoint:
+        path = Path(args.initial_checkpoint)
+        load_weights(student, find_model(str(path)) / "model.safetensors" if path.is_dir() else path)
+    if args.lsj or args.scale_jitter:
+        student.transform._skip_resize = True  # in training only: the jitter has sized the images
+    return student
+
+
+def to_device(images: list[Tensor], targets: list[dict], device: torch.device) -> tuple[list[Tensor], list[dict]]:
+    """Images, boxes and labels on the device."""
+    images = [image.to(device, non_blocking=True) for image in images]
+    keys = ("boxes", "labels")
+    return images, [{key: target[key].to(device, non_blocking=True) for key in keys} for target in targets]
+
+
+def train(job: Job, stop: int, batches: Iterator, names: tuple[str, ...]) -> None:
+    """Train until `stop` updates are done, or a signal asks to end; `names` are the distillation terms."""
+    device, accum = job.run.device, job.run.args.grad_accum_steps
+    for _ in job.updates(stop):
+        losses = torch.zeros(3 + len(job.terms), device=device)
+        for micro in range(accum):
+            images, targets = to_device(*next(batches), device)
+
+            with job.accumulating(last=micro == accum - 1):
+                parts, seen = job.model(images, targets)  # torchvision's losses, and what the terms need
+                task_loss = sum(parts.values())
+                kd_parts = dict.fromkeys(names, task_loss.new_zeros(()))
+                kd_loss = task_loss.new_zeros(())
+                loss = task_loss
+                if job.kd_weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), on the batch as the student resized it
+                    kd_parts = distillation_terms(seen, job.teacher(seen), job.kd_temperature)
+                    kd_loss = sum(kd_parts.values())
+                    loss = task_loss + job.kd_weight * kd_loss
+                job.run.accelerator.backward(loss / accum)
+            losses += torch.stack([loss, task_loss, kd_loss, *parts.values(), *kd_parts.values()]).detach() / accum
+        job.step(*losses)
+
+
+@torch.no_grad()
+def validate(model, split: DetectionSplit, args, accelerator) -> tuple[dict[str, float], list]:
+    """COCO's 12 numbers in percent over every image exactly once, whatever the processes; and all detections.
+
+    `model` maps a list of images to detections: the student, its moving average, the teacher.
+    """
+    records = []
+    for images, targets in eval_loader(split, args, accelerator):
+        with accelerator.autocast():
+            detections = model(to_device(images, [], accelerator.device)[0])
+        records += record(detections, targets)
+    found = gather(records, split)
+    return shared_numbers(found, split, accelerator), found
+
+
+def evaluate_only(args, run: Run, config: DetectorConfig) -> None:
+    """--eval-only: print the 12 numbers, write detections.json and predictions.png."""
+    path = Path(args.initial_checkpoint or run.folder)
+    if path.is_file():
+        data = load_detection(args, DETECTORS[config.detector].first_label)
+        config.classes = data.classes
+        model = build_student(args, config)
+    else:
+        model, _ = load_detector(str(path))
+        data = load_detection(args, model.first_label)
+        if model.config.classes != data.classes:
+            raise InputError(
+                f"{path} has {len(model.config.classes)} classes, which are not the {len(data.classes)} of the data"
+            )
+    numbers, found = validate(model.to(run.device).eval(), data.report, args, run.accelerator)
+    if run.is_main:
+        write_detections(run.folder / "detections.json", found, data.report)
+        draw_predictions(run.folder / "predictions.png", found, data.report)
+        print(json.dumps(numbers))
+
+
+def set_up_teacher(args, run: Run, student: nn.Module) -> DetectorTeacher:
+    """The frozen teacher, anchor by anchor in line with the student."""
+    model, source = load_detector_teacher(args.teacher, args.teacher_model, args.teacher_kwargs, student.config)
+    if args.channels_last:
+        model.backbone.memory_format = torch.channels_last
+    return DetectorTeacher(model, source, run.accelerator, student, args.channels_last)
+
+
+def flops_of(student: nn.Module, teacher: DetectorTeacher | None, data: DetectionData, images: int) -> dict:
+    """FLOPs of one update of the student and of the teacher's forward in it, counted on two training images."""
+    device = next(student.parameters()).device
+    items = data.train.__getitems__([(0, position) for position in range(min(2, len(data.train)))])
+    model, seen = copy.deepcopy(student).train(), []
+
+    def update() -> None:
+        losses, outputs = model(*to_device(*map(list, zip(*items, strict=True)), device))
+        sum(losses.values()).backward()
+        seen.append(outputs)
+
+    result = {"student_update": count_flops(update) * images // len(items)}
+    result["teacher_forward"] = count_flops(lambda: teacher(seen[0])) * images // len(items) if teacher else 0
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_recipe(argv)
+    config = resolve(args)
+    metric = args.switch_metric
+    targets = parse_targets(args.target, metric, 0.0, 100.0)
+    if args.teacher_score is not None:
+        parse_targets([str(args.teacher_score)], metric, 0.0, 100.0, option="--teacher-score")
+    phase = early_phase(args, args.epochs, "max") if args.teacher else None
+    run = Run(args, "det")
+    accelerator = run.accelerator
+    if args.eval_only:
+        evaluate_only(args, run, config)
+        return
+
+    # data and student
+    data = load_detection(args, DETECTORS[config.detector].first_label)
+    config.classes = data.classes
+    run.seed()
+    student = build_student(args, config).to(run.device)
+
+    # updates, optimiser, schedule
+    images = args.batch_size * args.grad_accum_steps * accelerator.num_processes
+    updates_per_epoch = len(data.train) // images
+    if updates_per_epoch == 0:
+        raise InputError(f"{len(data.train)} training images are fewer than one update of {images}: lower --batch-size")
+    lr = scaled_lr(args, images)
+    optimizer, scheduler = build_optimizer(args, student, lr, args.epochs, updates_per_epoch)
+
+    # teacher: loaded only while its phase lasts, never prepared
+    teacher, teacher_facts = None, run.state and run.state["teacher"]
+    if phase and run.state:
+        phase.load_state_dict(run.state["phase"])
+    if phase and data.switch is None:
+        raise InputError("--switch-split 0 leaves no images to compare student and teacher on; give a share above 0")
+    if phase and phase.active:
+        teacher = set_up_teacher(args, run, student)
+        teacher_facts = teacher_facts or score_teacher(
+            *(teacher, run, metric),
+            report=lambda: validate(teacher, data.report, args, accelerator)[0][metric],
+            switch=lambda: validate(teacher, data.switch, args, accelerator)[0][metric],
+        )
+    flops = run.state["flops"] if run.state else flops_of(student, teacher, data, images)
+
+    # precision, processes, compilation
+    if args.sync_bn:
+        student = convert_sync_batchnorm(student)
+    if args.channels_last:
+        student = student.to(memory_format=torch.channels_last)
+        student.backbone.memory_format = torch.channels_last
+    ema = ModelEmaV3(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    if args.torchcompile:
+        for detector in (student, teacher and teacher.model):
+            if detector:
+                detector.backbone.compile(backend=args.torchcompile)
+    model, optimizer = accelerator.prepare(student, optimizer)
+
+    total = min(3, updates_per_epoch) if args.dry_run else args.epochs * updates_per_epoch
+    names = TERMS[config.detector]
+    terms = (*student.losses, *(f"kd_{name}" for name in names))
+    job = Job(
+        *(run, model, student, ema, optimizer, scheduler, phase, teacher, teacher_facts, flops),
+        *(updates_per_epoch, total, images, export),
+        terms=terms,
+    )
+    job.resume()
+    job.describe(f"{args.detector} {args.model}", data.facts, targets, metric, lr)
+    run.open(
+        lambda folder, facts, log: RunRecord(folder, metric, "max", targets, (*METRICS, *terms), facts, log),
+        teacher=teacher_facts,
+        kd_off=job.kd_off,
+        flops=flops,
+        params=sum(p.numel() for p in student.parameters()),
+        data=data.facts,
+        weights="ema" if ema else "raw",
+    )
+    accum = args.grad_accum_steps
+    batches = train_batches(data.train, args, accelerator, job.update * accum, updates_per_epoch * accum)
+    while job.update < total:
+        stop, evaluation_due = job.next_stop(grid_point(job.update, updates_per_epoch, args.evals_per_epoch))
+        train(job, stop, batches, names)
+        with run.clock.paused():
+            if evaluation_due and job.update == stop:
+                run.share_buffers(job.evaluated_model)
+                numbers, found = validate(job.evaluated_model.eval(), data.report, args, accelerator)
+                switch = (
+                    validate(job.evaluated_model, data.switch, args, accelerator)[0][metric] if job.teacher else None
+                )
+                job.evaluated({name: numbers[name] for name in METRICS}, switch)
+                if run.keeps and run.is_main:
+                    draw_predictions(run.folder / "predictions.png", found, data.report)
+                    log_picture(accelerator, "predictions", run.folder / "predictions.png", job.update)
+            job.save()
+    job.finish()
+
+
+if __name__ == "__main__":
+    call_main(main)

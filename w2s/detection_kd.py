@@ -1,0 +1,143 @@
+"""The detector's early teacher: the distillation terms, and a teacher that lines up anchor by anchor."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
+
+from w2s.detection import DetectorConfig, FasterRCNN, RetinaNet, Seen, build_detector, load_detector
+from w2s.losses import kl_sigmoid, kl_softmax
+from w2s.models import WEIGHT_FILES, load_weights
+from w2s.options import InputError
+from w2s.teacher import Teacher
+
+BETA = 1 / 9  # of smooth L1 on box deltas, as in torchvision
+
+
+def distillation_terms(student: Seen, teacher: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
+    """The terms of L_kd by the names of `detection.TERMS`, each 0 where teacher and student agree.
+
+    Args:
+        student: of a training forward.
+        teacher: what `look` gives for it; gets no gradient.
+        temperature: T; the class terms carry the factor T^2.
+    """
+    ours, theirs = student.outputs, {name: output.detach().float() for name, output in teacher.items()}
+    if "cls" in ours:
+        return _dense_terms(ours, theirs, "", temperature)
+    return _dense_terms(ours, theirs, "rpn_", temperature) | _roi_terms(ours, theirs, temperature)
+
+
+def _dense_terms(ours: dict[str, Tensor], theirs: dict[str, Tensor], prefix: str, temperature: float):
+    """Bernoulli KL and smooth L1 anchor by anchor, on equal anchors.
+
+    An anchor counts as much as the teacher's highest class probability there, and the sum is divided by the sum of
+    these weights: unweighted, a hundred thousand background anchors would drown the objects.
+    """
+    cls, box = f"{prefix}cls", f"{prefix}box"
+    weight = theirs[cls].sigmoid().amax(-1, keepdim=True)
+    # kl_sigmoid divides by the weights of all classes; here the classes of an anchor are summed
+    divergence = kl_sigmoid(ours[cls], theirs[cls], temperature, weight) * ours[cls].shape[-1]
+    distance = F.smooth_l1_loss(ours[box].float(), theirs[box], beta=BETA, reduction="none")
+    return {cls: divergence, box: (distance * weight).sum() / weight.sum()}
+
+
+def _roi_terms(ours: dict[str, Tensor], theirs: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
+    """Softmax KL over the student's proposals; smooth L1 of the teacher's class where the teacher sees an object."""
+    classes = theirs["roi_cls"].argmax(-1)
+    rows = torch.arange(len(classes), device=classes.device)
+    box, target = (side["roi_box"].float().unflatten(-1, (-1, 4))[rows, classes] for side in (ours, theirs))
+    foreground = (classes > 0).float()
+    distance = F.smooth_l1_loss(box, target, beta=BETA, reduction="none").sum(-1)
+    return {
+        "roi_cls": kl_softmax(ours["roi_cls"], theirs["roi_cls"], temperature),
+        "roi_box": (distance * foreground).sum() / foreground.sum().clamp(min=1),
+    }
+
+
+class DetectorTeacher(Teacher):
+    """A frozen detector: head outputs for what a student has `Seen`, detections for a list of images.
+
+    Raises:
+        InputError: it does not line up with the student.
+    """
+
+    def __init__(
+        self,
+        model: RetinaNet | FasterRCNN,
+        source: str,
+        accelerator: "accelerate.Accelerator",  # noqa: F821
+        student: RetinaNet | FasterRCNN,
+        channels_last: bool = False,
+    ) -> None:
+        check_lined_up(student.config, model.config, source)
+        super().__init__(model, f"{model.config.detector}_{model.config.backbone}", source, accelerator, channels_last)
+        # one affine map from the student's normalisation to the teacher's
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, device=accelerator.device).view(-1, 1, 1)
+            for transform in (student.transform, model.transform)
+            for values in (transform.image_mean, transform.image_std)
+        )
+        self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
+        self.same_range = bool((self.scale == 1).all()) and bool((self.shift == 0).all())
+
+    def forward(self, seen: Seen | list[Tensor]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Both see the batch as the student resized and padded it."""
+        if isinstance(seen, list):
+            return self.model(seen)
+        return self.model.look(seen if self.same_range else seen._replace(images=self._renormalised(seen.images)))
+
+    def _renormalised(self, images: ImageList) -> ImageList:
+        tensors = images.tensors * self.scale + self.shift
+        for tensor, (height, width) in zip(tensors, images.image_sizes, strict=True):
+            tensor[:, height:], tensor[:, :, width:] = 0, 0  # the padding is 0 in either normalisation
+        return ImageList(tensors, images.image_sizes)
+
+
+def load_detector_teacher(
+    spec: str, backbone: str | None, model_kwargs: dict, student: DetectorConfig
+) -> tuple[RetinaNet | FasterRCNN, str]:
+    """The detector that `--teacher` means, and where it comes from.
+
+    `spec` is a run folder or another exported folder, or a weights file of the student's own kind of detector with
+    the timm name of its `backbone`.
+
+    Raises:
+        InputError: nothing of that kind is there, or it cannot be read.
+    """
+    path = Path(spec)
+    if path.suffix in WEIGHT_FILES and not path.is_dir():
+        if not backbone:
+            raise InputError(f"--teacher {spec} is a weights file: name its timm backbone with --teacher-model")
+        model = build_detector(replace(student, backbone=backbone, model_kwargs=model_kwargs))
+        load_weights(model, path)
+        return model, spec
+    if backbone or model_kwargs:
+        raise InputError(f"--teacher-model and --teacher-kwargs go with a weights file, but --teacher {spec} is none")
+    if not path.is_dir():
+        raise InputError(f"--teacher {spec}: no such run folder or file")
+    model, folder = load_detector(spec)
+    return model, str(folder)
+
+
+def check_lined_up(student: DetectorConfig, teacher: DetectorConfig, source: str) -> None:
+    """Refuse a teacher whose heads do not speak of the same anchors and classes as the student's.
+
+    Raises:
+        InputError: another detector, other classes, or other anchors.
+    """
+    for what, ours, theirs in (
+        ("detector", student.detector, teacher.detector),
+        ("number of classes", len(student.classes), len(teacher.classes)),
+        ("strides", student.strides, teacher.strides),
+        ("number of extra levels", student.extra_levels, teacher.extra_levels),
+        ("anchor sides", student.anchors(), teacher.anchors()),
+    ):
+        if ours != theirs:
+            raise InputError(f"teacher {source} does not line up: its {what}: {theirs}, the student's: {ours}")
+    for ours, theirs in zip(student.classes, teacher.classes, strict=True):
+        if ours != theirs:
+            raise InputError(f"teacher {source} does not line up: its class '{theirs}' is '{ours}' in the data")

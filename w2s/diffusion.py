@@ -16,12 +16,14 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
 from w2s.checkpoint import fsync
-from w2s.models import create_model, load_weights
+from w2s.models import create_model, load_weights, pretrained_cfg
 from w2s.options import InputError
+
+VIT_MODULES = {"vision_transformer", "deit"}  # timm's
 
 
 class UNet(UNet2DModel):
@@ -120,9 +122,9 @@ class ViT(nn.Module):
         if kwargs.get("img_size", image_size) != image_size:
             raise InputError(f"--model-kwargs img_size={kwargs['img_size']} is not the image size of {image_size}")
         kwargs = {"class_token": False, "global_pool": "", "img_size": image_size, **kwargs}
-        vit = create_model(name, 0, in_chans, image_size, model_kwargs=kwargs)
-        if not isinstance(vit, VisionTransformer):
+        if pretrained_cfg(name) is not None and not is_model_in_modules(name.partition(".")[0], VIT_MODULES):
             raise InputError(f"'{name}' is no timm VisionTransformer; denoisers are ncN-rbM or VisionTransformers")
+        vit = create_model(name, 0, in_chans, image_size, model_kwargs=kwargs)
         self.name, self.facts = name, (image_size, in_chans, num_classes)
         self.config = dict(name=name, image_size=image_size, in_chans=in_chans, num_classes=num_classes, **kwargs)
         self.vit, self.patch, self.grid = vit, vit.patch_embed.patch_size, vit.patch_embed.grid_size
@@ -212,7 +214,7 @@ def load_denoiser(spec: str) -> tuple[UNet | ViT, DDPMScheduler, Path]:
         if pipeline:
             model, info = UNet.from_pretrained(folder / "unet", output_loading_info=True, low_cpu_mem_usage=False)
             if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-                raise ValueError(f"weights of another architecture: {wrong[0]}")
+                raise ValueError(f"weights do not fit: {wrong[0]}")
         else:
             config = json.loads((folder / "config.json").read_text())
             model = ViT(**config)
@@ -220,7 +222,7 @@ def load_denoiser(spec: str) -> tuple[UNet | ViT, DDPMScheduler, Path]:
     except InputError:
         raise
     except Exception as error:  # diffusers, safetensors and json raise many kinds
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot load the denoiser of {folder}: {type(error).__name__}: {reason}") from None
     return model.eval(), scheduler, folder
 

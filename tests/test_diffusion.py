@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from w2s.diffusion import UNet, ViT, build_denoiser, check_teacher, export, load_denoiser, unet
+from w2s.diffusion import UNet, ViT, build_denoiser, check_same, export, load_denoiser, unet
 from w2s.options import InputError
 from w2s.sampling import noise_schedule
 
@@ -187,16 +187,16 @@ def test_broken_folders_are_named(tmp_path):
 
 def test_teacher_may_differ_in_everything_but_the_process():
     process = noise_schedule()
-    check_teacher(unet("nc16-rb1", 8, 1), process, unet("nc32-rb2", 8, 1, attention=()), noise_schedule())
-    check_teacher(unet("nc16-rb1", 8, 1), process, tiny_vit(), DDPMScheduler(clip_sample=False))
+    check_same(unet("nc16-rb1", 8, 1), process, unet("nc32-rb2", 8, 1, attention=()), noise_schedule(), "it")
+    check_same(unet("nc16-rb1", 8, 1), process, tiny_vit(), DDPMScheduler(clip_sample=False), "it")
 
 
 @pytest.mark.parametrize(
     ("teacher", "process", "message"),
     [
-        (lambda: unet("nc16-rb1", 16, 1), noise_schedule, "image size is 16"),
-        (lambda: unet("nc16-rb1", 8, 3), noise_schedule, "channels is 3"),
-        (lambda: unet("nc16-rb1", 8, 1, 10), noise_schedule, "classes is 10"),
+        (lambda: unet("nc16-rb1", 16, 1), noise_schedule, "image size 16"),
+        (lambda: unet("nc16-rb1", 8, 3), noise_schedule, "channels 3"),
+        (lambda: unet("nc16-rb1", 8, 1, 10), noise_schedule, "classes 10"),
         (lambda: unet("nc16-rb1", 8, 1), lambda: noise_schedule("cosine"), "other betas"),
         (lambda: unet("nc16-rb1", 8, 1), lambda: noise_schedule(prediction="v"), "v_prediction"),
         (lambda: unet("nc16-rb1", 8, 1), lambda: noise_schedule(steps=4000), "4000"),
@@ -204,4 +204,4 @@ def test_teacher_may_differ_in_everything_but_the_process():
 )
 def test_teacher_of_another_process_is_refused(teacher, process, message):
     with pytest.raises(InputError, match=message):
-        check_teacher(unet("nc16-rb1", 8, 1), noise_schedule(), teacher(), process())
+        check_same(unet("nc16-rb1", 8, 1), noise_schedule(), teacher(), process(), "the teacher")

@@ -20,7 +20,7 @@ from w2s.frechet import (
     frechet_distance,
     kernel_distance,
     load_features,
-    metric_label,
+    metric_labels,
 )
 from w2s.models import create_model, export
 from w2s.options import InputError
@@ -157,9 +157,10 @@ def test_classifier_features_are_its_penultimate_ones(classifier_run):
 
 
 def test_labels_say_features_and_number(classifier_run):
-    assert metric_label(Classifier(str(classifier_run)), 512) == "fd512_cifar10-resnet10t"
-    assert metric_label(Classifier(str(classifier_run / "model")), 5000) == "fd5k_cifar10-resnet10t"
-    assert metric_label(SimpleNamespace(prefix="fid", name="inception"), 10_000) == "fid10k"
+    names = ("fd512_cifar10-resnet10t", "mmd512_cifar10-resnet10t")
+    assert metric_labels(Classifier(str(classifier_run)), 512) == names
+    assert metric_labels(Classifier(str(classifier_run / "model")), 5000)[0] == "fd5k_cifar10-resnet10t"
+    assert metric_labels(SimpleNamespace(inception=True, name="inception"), 10_000) == ("fid10k", "kid10k")
 
 
 def test_inception_is_torch_fidelitys_and_its_weights_are_checked(tmp_path):
@@ -169,7 +170,7 @@ def test_inception_is_torch_fidelitys_and_its_weights_are_checked(tmp_path):
         theirs = cls("inception-v3-compat", ["2048"])  # random weights
     torch.save(theirs.state_dict(), tmp_path / "inception.pth")
     ours = load_features(None, str(tmp_path / "inception.pth"), 1)
-    assert (ours.prefix, ours.name) == ("fid", "inception")
+    assert (ours.inception, ours.name) == (True, "inception")
     images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
     assert torch.equal(ours(images), theirs(images.repeat(1, 3, 1, 1))[0])
     (tmp_path / "bad.pth").write_bytes(b"no weights")

@@ -13,6 +13,7 @@ from diffusers.training_utils import compute_snr
 from w2s.diffusion import unet
 from w2s.losses import mse_epsilon
 from w2s.options import InputError
+from w2s.order import mix_seed
 from w2s.sampling import denoising_loss, draw_noise, generate, noise_schedule
 
 
@@ -157,8 +158,6 @@ def test_samples_do_not_depend_on_batch_or_processes(model, sampler):
 
 
 def test_samples_are_those_of_diffusers_pipeline(model):
-    from w2s.loading import mix_seed
-
     scheduler = noise_schedule()
     ours = generate(model, scheduler, 3, 5, process(), (1, 8, 8), "ddim", 6)
     pipeline = DDIMPipeline(model_as_diffusers(model), scheduler)

@@ -227,17 +227,17 @@ def load_denoiser(spec: str) -> tuple[UNet | ViT, DDPMScheduler, Path]:
     return model.eval(), scheduler, folder
 
 
-def check_teacher(student: UNet | ViT, process: DDPMScheduler, teacher: UNet | ViT, teachers: DDPMScheduler) -> None:
-    """Refuse a teacher whose epsilon at x_t and t is not that of the student's process.
+def check_same(student: UNet | ViT, process: DDPMScheduler, other: UNet | ViT, others: DDPMScheduler, who: str) -> None:
+    """Refuse a denoiser whose epsilon at x_t and t is not that of the student's process; `who` it is, for the message.
 
     Raises:
         InputError: another image size, number of channels or classes, prediction type, steps or betas.
     """
-    for what, one, other in zip(("image size", "channels", "classes"), teacher.facts, student.facts, strict=True):
-        if one != other:
-            raise InputError(f"the teacher's {what} is {one}, the student's {other}: they must see the same x_t")
-    for key in ("prediction_type", "num_train_timesteps"):
-        if (one := teachers.config[key]) != (other := process.config[key]):
-            raise InputError(f"the teacher was trained with {key} {one}, this run has {other}; see --help")
-    if not torch.allclose(teachers.alphas_cumprod.cpu(), process.alphas_cumprod.cpu(), atol=1e-6):
-        raise InputError("the teacher was trained with other betas than this run: see --betas")
+    for what, here, there in zip(("image size", "channels", "classes"), student.facts, other.facts, strict=True):
+        if here != there:
+            raise InputError(f"{who} has {what} {there}, this run has {here}: they must see the same x_t")
+    for what, key in (("--prediction", "prediction_type"), ("--diffusion-steps", "num_train_timesteps")):
+        if (here := process.config[key]) != (there := others.config[key]):
+            raise InputError(f"{who} was trained with {key} {there}, this run has {here}; see {what}")
+    if not torch.allclose(others.alphas_cumprod.cpu(), process.alphas_cumprod.cpu(), atol=1e-6):
+        raise InputError(f"{who} was trained with other betas than this run; see --betas")

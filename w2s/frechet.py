@@ -1,7 +1,7 @@
 """Frechet distance and KID between sets of uint8 images, on Inception features or those of a classifier trained here.
 
-FID (Heusel et al. 2017, arXiv 1706.08500) is the distance on torch-fidelity's Inception features and nothing else;
-the same distance on a classifier's features is called fd, with its features and the number of samples in the name.
+FID (Heusel et al. 2017, arXiv 1706.08500) and KID are the distances on torch-fidelity's Inception features and nothing
+else; on a classifier's features they are called fd and mmd, with the features and the number of samples in the name.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ class Inception(nn.Module):
             raise InputError(
                 f"{what}: {type(error).__name__}: {reason}; give --fid-weights FILE or --fd-features RUN"
             ) from None
-        self.name, self.prefix, self.digest = "inception", "fid", digest_of(self.network)
+        self.name, self.inception, self.digest = "inception", True, digest_of(self.network)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, 2048) of uint8 images (B, 1 or 3, H, W)."""
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
         options = folder.parent / "args.yaml"
         dataset = (yaml.safe_load(options.read_text()) or {}).get("dataset", "") if options.is_file() else ""
         self.name = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, [dataset.rpartition("/")[-1], architecture])))
-        self.prefix, self.digest = "fd", digest_of(self.network)
+        self.inception, self.digest = False, digest_of(self.network)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, d) of uint8 images (B, C, H, W): scaled, resized and normalised as the classifier wants them."""
@@ -118,10 +118,12 @@ def digest_of(model: nn.Module) -> str:
     return sha.hexdigest()[:12]
 
 
-def metric_label(features: Inception | Classifier, count: int) -> str:
-    """What the distance of `count` samples is called: fid10k, fd512_digits-resnet10t."""
+def metric_labels(features: Inception | Classifier, count: int) -> tuple[str, str]:
+    """What the two distances of `count` samples are called: fid10k and kid10k, or fd512_NAME and mmd512_NAME."""
     number = f"{count // 1000}k" if count % 1000 == 0 else str(count)
-    return f"fid{number}" if features.prefix == "fid" else f"fd{number}_{features.name}"
+    if features.inception:
+        return f"fid{number}", f"kid{number}"
+    return f"fd{number}_{features.name}", f"mmd{number}_{features.name}"
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from diffusers.training_utils import compute_snr
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from w2s.loading import mix_seed
 from w2s.options import InputError
+from w2s.order import mix_seed
 
 BETAS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # our names, diffusers' names
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import accelerate
+import numpy as np
+from PIL import Image
 
 from w2s.crossing import TRACKER_AXES
 from w2s.options import InputError
@@ -53,6 +55,18 @@ def start_trackers(accelerator: accelerate.Accelerator, project: str, name: str,
         for axis in TRACKER_AXES:
             board.define_metric(axis, hidden=True)
             board.define_metric("eval/*" if axis == "epoch" else f"by_{axis}/*", step_metric=axis)
+
+
+def log_picture(accelerator: accelerate.Accelerator, name: str, path: Path, update: int) -> None:
+    """Show the picture in a file in all trackers, from the main process."""
+    if not accelerator.is_main_process:
+        return
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.asarray(Image.open(path).convert("RGB"))[None]
+            tracker.log_images({name: pixels}, step=update, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({name: [Image.open(path)]}, step=update)
 
 
 def close_trackers(accelerator: accelerate.Accelerator, summary: dict) -> None:

@@ -119,9 +119,7 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("samples and their distance")
     group.add_argument("--fd-split", metavar="NAME", help="real images to compare with (default: the training images)")
     group.add_argument("--fd-samples", type=positive_int, default=10_000, metavar="N", help="(10000)")
-    group.add_argument(
-        "--fd-features", metavar="RUN", help="a run of train_cls.py for features, not Inception"
-    )
+    group.add_argument("--fd-features", metavar="RUN", help="a run of train_cls.py for features, not Inception")
     group.add_argument("--fid-weights", metavar="FILE", help="torch-fidelity's Inception weights (default: downloaded)")
     group.add_argument("--fd-cache", metavar="DIR", help="statistics of the real images (default: OUTPUT/fd-cache)")
     group.add_argument("--sampler", choices=SAMPLERS, default="ddim")
@@ -155,7 +153,6 @@ def resolve(args) -> None:
         )
     if args.dry_run:
         args.fd_samples, args.sample_steps = min(args.fd_samples, 8), min(args.sample_steps, 2)
-    args.no_aug, args.pad_crop = True, None  # as the cache asks for them
 
 
 def build_student(args, num_classes: int, process: DDPMScheduler) -> nn.Module:

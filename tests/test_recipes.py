@@ -21,7 +21,10 @@ from conftest import ROOT, call_script
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from w2s.diffusion import export as export_denoiser
+from w2s.diffusion import unet
 from w2s.models import create_model, export
+from w2s.sampling import noise_schedule
 
 FOLDER = ROOT / "recipes"
 RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -174,15 +177,23 @@ def weak_teacher(tmp_path_factory) -> Path:
     return folder
 
 
+def weak_denoiser(args, folder: Path) -> Path:
+    """A denoiser of the recipe's process at 8 px."""
+    process = noise_schedule(args.betas, args.diffusion_steps, args.prediction)
+    export_denoiser(unet("nc8-rb1", 8, args.in_chans or 1), process, folder / "model")
+    return folder
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_runs_dry(name, request, tmp_path, capfd):
-    """`python train_cls.py -c RECIPE --dry-run` on a handful of images in the recipe's data format."""
+    """`python SCRIPT -c RECIPE --dry-run` on a handful of images in the recipe's data format."""
     script, args = script_of(name), parse(name)
-    assert script == "train_cls", f"no small data for {script} here yet: add some"
-    data = []
+    assert script in ("train_cls", "train_diffusion"), f"no small data for {script} here yet: add some"
+    classifies = script == "train_cls"
+    data, weak = [], request.getfixturevalue("weak_teacher")
     if args.dataset.startswith("hfds/"):
         data = ["--dataset", f"hfds/{request.getfixturevalue('hub_folder')}", "--data-dir", tmp_path / "cache"]
-        data += ["--val-split", "test"]
+        data += ["--val-split", "test"] if classifies else []
     elif not args.dataset:
         data = ["--data-dir", request.getfixturevalue("image_folder")]
     else:
@@ -190,8 +201,10 @@ def test_runs_dry(name, request, tmp_path, capfd):
     if args.train_samples:
         data += ["--train-samples", "40"]
     if args.teacher:
-        data += ["--teacher", request.getfixturevalue("weak_teacher")]
-    small = "--img-size 32 --batch-size 4 --grad-accum-steps 1 --workers 0 --dry-run --output"
+        data += ["--teacher", weak if classifies else weak_denoiser(args, tmp_path / "teacher")]
+    if not classifies:
+        data += ["--fd-features", weak]
+    small = f"--img-size {32 if classifies else 8} --batch-size 4 --grad-accum-steps 1 --workers 0 --dry-run --output"
     main = importlib.import_module(script).main
 
     call_script(main, ["-c", RECIPES[name], *data], small, tmp_path / "out")
@@ -199,7 +212,7 @@ def test_runs_dry(name, request, tmp_path, capfd):
     said = capfd.readouterr().err
     assert f"{name}-seed0: {args.model} (" in said
     assert "3 updates" in said
-    assert "done: top1" in said
+    assert f"done: {'top1' if classifies else 'fd8_resnet10t'}" in said
     assert ("distillation: lambda" in said) == bool(args.teacher)
     assert not (tmp_path / "out").exists()
 

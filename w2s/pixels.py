@@ -1,5 +1,6 @@
 """Images for diffusion: the training set in [-1, 1], and the sets that samples are compared with as uint8."""
 
+import argparse
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ def load_pixels(args, accelerator) -> PixelData:
     except ValueError:
         raise InputError(f"--switch-split {args.switch_split}: a share of the training data, as 0.02") from None
     rows, held = split_training(targets, num_classes, fraction, args.train_samples, args.switch_seed)
-    args.cache = resolve_cache(args, len(rows), config, accelerator)
+    plainly = argparse.Namespace(**vars(args), no_aug=True, pad_crop=None)  # what the cache is asked to do
+    args.cache = resolve_cache(plainly, len(rows), config, accelerator)
     device = accelerator.device if args.cache == "device" else torch.device("cpu")
     plain, flip = eval_transform(config), transforms.RandomHorizontalFlip(args.hflip)
 

@@ -100,7 +100,9 @@ def watching_forwards(see) -> Iterator[None]:
 # ---- a process of its own, quickly ----
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch._dynamo", "sklearn.model_selection", "sklearn.datasets", "train_cls"])
+_server.set_forkserver_preload(
+    ["torch._dynamo", "sklearn.model_selection", "sklearn.datasets", "train_cls", "train_diffusion"]
+)
 
 
 def _child(script: str, argv: list[str], log: str, env: dict) -> None:

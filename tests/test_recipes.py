@@ -24,7 +24,10 @@ from sklearn.datasets import load_digits
 import train_det
 from w2s.detection import build_detector
 from w2s.detection import export as export_detector
+from w2s.diffusion import export as export_denoiser
+from w2s.diffusion import unet
 from w2s.models import create_model, export
+from w2s.sampling import noise_schedule
 
 FOLDER = ROOT / "recipes"
 RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -190,11 +193,19 @@ def weak_teacher(tmp_path_factory) -> Path:
     return folder
 
 
+def weak_denoiser(args, folder: Path) -> Path:
+    """A denoiser of the recipe's process at 8 px."""
+    process = noise_schedule(args.betas, args.diffusion_steps, args.prediction)
+    export_denoiser(unet("nc8-rb1", 8, args.in_chans or 1), process, folder / "model")
+    return folder
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_runs_dry(name, request, tmp_path, capfd):
     """`python SCRIPT.py -c RECIPE --dry-run` on a handful of images in the recipe's data format."""
     script, args = script_of(name), parse(name)
-    small = {"train_cls": small_images, "train_det": small_detection}[script](args, request, tmp_path)
+    kinds = {"train_cls": small_images, "train_det": small_detection, "train_diffusion": small_denoising}
+    small = kinds[script](args, request, tmp_path)
     main = importlib.import_module(script).main
 
     call_script(main, ["-c", RECIPES[name], *small], "--workers 0 --dry-run --output", tmp_path / "out")
@@ -235,6 +246,20 @@ def small_images(args, request, tmp_path: Path) -> list:
     if args.teacher:
         data += ["--teacher", request.getfixturevalue("weak_teacher")]
     return words(data, "--img-size 32 --batch-size 4 --grad-accum-steps 1")
+
+
+def small_denoising(args, request, tmp_path: Path) -> list:
+    """Samples of 8 px, judged on the features of a small classifier."""
+    small = words(
+        "--img-size 8 --batch-size 4 --grad-accum-steps 1 --fd-features", request.getfixturevalue("weak_teacher")
+    )
+    if args.dataset.startswith("hfds/"):
+        small += ["--dataset", f"hfds/{request.getfixturevalue('hub_folder')}", "--data-dir", tmp_path / "cache"]
+    if args.train_samples:
+        small += ["--train-samples", "40"]
+    if args.teacher:
+        small += ["--teacher", weak_denoiser(args, tmp_path / "teacher")]
+    return small
 
 
 # ---- slurm.sh ----

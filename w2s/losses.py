@@ -63,10 +63,29 @@ def kl_sigmoid(
     return (divergence * weight).sum() / torch.where(total > 0, total, 1.0) * temperature**2
 
 
-def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student and teacher logits differ in shape: {tuple(student_logits.shape)}, {tuple(teacher_logits.shape)}"
-        )
+def mse_epsilon(student: Tensor, teacher: Tensor) -> Tensor:
+    """`mean ||eps_t - eps_s||^2`, the forward KL of two Gaussian reverse steps of diffusion up to its weight.
+
+    With equal variances the divergence of p_t(x_{t-1} | x_t) from p_s(x_{t-1} | x_t) is the squared distance of their
+    means, and these differ by a known multiple of the predicted noise; as in Ho et al. 2020 (arXiv 2006.11239, eq. 14)
+    that multiple is dropped. A Gaussian has no temperature.
+
+    Args:
+        student: (B, ...), the prediction at x_t and t, any float type.
+        teacher: the same shape, at the same x_t and t; detached here.
+
+    Returns:
+        A float32 scalar, the mean over all elements; 0 when both sides agree.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check(student, teacher)
+    return F.mse_loss(student.float(), teacher.detach().float())
+
+
+def _check(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(f"student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")

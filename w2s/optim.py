@@ -22,19 +22,22 @@ def scaled_lr(args, samples: int) -> float:
 
 
 def build_optimizer(
-    args, model: nn.Module, lr: float, epochs: float, updates_per_epoch: int
+    args, model: nn.Module, lr: float, epochs: float, updates_per_epoch: int, unit: str = "epochs"
 ) -> tuple[torch.optim.Optimizer, Scheduler]:
     """The optimiser and its schedule, both timm's. Do not `prepare` the schedule: call `step_update(update)`.
+
+    A script that counts in updates has them as `unit`, and one update an epoch.
 
     Raises:
         InputError: unknown names, arguments they do not take, or a schedule that needs a metric.
     """
     if args.sched in ("plateau", "none"):
         raise InputError(f"--sched {args.sched}: the learning rate must be a function of the update; try constant")
-    if args.warmup_epochs > epochs:
-        raise InputError(f"--warmup-epochs {args.warmup_epochs:g} is longer than the run of {epochs:g} epochs")
-    if args.decay_epochs <= 0:
-        raise InputError(f"--decay-epochs {args.decay_epochs:g}: must be above 0")
+    warmup, decay = (getattr(args, f"{part}_{unit}") for part in ("warmup", "decay"))
+    if warmup > epochs:
+        raise InputError(f"--warmup-{unit} {warmup:g} is longer than the run of {epochs:g} {unit}")
+    if decay <= 0:
+        raise InputError(f"--decay-{unit} {decay:g}: must be above 0")
     options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
     try:
         takes = inspect.signature(get_optimizer_class(args.opt.removeprefix("lookahead_"))).parameters
@@ -56,10 +59,10 @@ def build_optimizer(
             optimizer,
             sched=args.sched,
             num_epochs=epochs,
-            decay_epochs=args.decay_epochs,
+            decay_epochs=decay,
             decay_milestones=args.decay_milestones,
             decay_rate=args.decay_rate,
-            warmup_epochs=args.warmup_epochs,
+            warmup_epochs=warmup,
             warmup_lr=args.warmup_lr,
             min_lr=args.min_lr,
             step_on_epochs=False,

@@ -173,7 +173,7 @@ def add_kd_options(parser: Parser, unit: str = "epochs") -> None:
     group.add_argument("--switch-seed", type=natural_int, default=0, help="which slice (0); the same in all arms")
 
 
-def add_optimizer_options(parser: Parser) -> None:
+def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     """timm's optimiser and schedule options, under timm's names. The schedule runs on updates."""
     group = parser.add_argument_group("optimiser and schedule (timm)")
     group.add_argument("--opt", default="sgd", metavar="NAME", help="any timm optimiser (default: sgd)")
@@ -190,10 +190,10 @@ def add_optimizer_options(parser: Parser) -> None:
     group.add_argument("--lr-base-size", type=positive_int, default=256)
     group.add_argument("--lr-base-scale", choices=["linear", "sqrt"], help="default: sqrt for Adam and LAMB kinds")
     group.add_argument("--sched", default="cosine", help="timm schedule, on updates (default: cosine)")
-    group.add_argument("--warmup-epochs", type=not_negative, default=0)
+    group.add_argument(f"--warmup-{unit}", type=not_negative, default=0)
     group.add_argument("--warmup-lr", type=float, default=1e-5)
     group.add_argument("--min-lr", type=float, default=0.0)
-    group.add_argument("--decay-epochs", type=float, default=30)
+    group.add_argument(f"--decay-{unit}", type=float, default=30)
     group.add_argument("--decay-milestones", type=float, nargs="+", default=[30, 60])
     group.add_argument("--decay-rate", type=float, default=0.1)
 

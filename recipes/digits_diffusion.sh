@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Diffusion on scikit-learn's handwritten digits: the classifier whose features judge (the quickstart's teacher), a weak
+# U-Net, 3 seeds of the strong U-Net without and with its early help, the comparison.
+# Safe to run again: what is finished is skipped, what was interrupted goes on. OUTPUT chooses another folder.
+set -euo pipefail
+. "$(dirname "$0")/setup.sh"
+output=${OUTPUT:-output}
+logs="$output/digits_diffusion"
+mkdir -p "$logs"
+features="$output/digits_teacher-seed0"
+train() {
+    python train_diffusion.py -c "recipes/digits_diffusion_$1.yaml" --output "$output" --seed "$2" --resume auto \
+        --fd-features "$features" "${@:3}"
+}
+
+echo "The features: a ResNet-10 that tells the digits apart"
+python train_cls.py -c recipes/digits_teacher.yaml --output "$output" --resume auto
+echo "The teacher: a U-Net of 0.18 M parameters"
+train teacher 0
+
+# both arms of a seed run side by side, each on its half of the cores, so that their seconds compare
+cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+export OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1))
+for seed in 0 1 2; do
+    echo "The student, a U-Net of 1.02 M parameters, seed $seed: alone and with the teacher"
+    train baseline $seed 2> "$logs/baseline-seed$seed.log" & baseline=$!
+    train w2s $seed --teacher "$output/digits_diffusion_teacher-seed0" 2> "$logs/w2s-seed$seed.log" & w2s=$!
+    wait $baseline || { cat "$logs/baseline-seed$seed.log"; kill $w2s 2> /dev/null; exit 1; }
+    wait $w2s || { cat "$logs/w2s-seed$seed.log"; exit 1; }
+    tail -n 4 "$logs/baseline-seed$seed.log" "$logs/w2s-seed$seed.log" | grep -E "first@|done" || true
+done
+
+python -m w2s.compare --baseline "$output"/digits_diffusion_baseline-seed{0,1,2} \
+    --treated "$output"/digits_diffusion_w2s-seed{0,1,2} --out "$logs"
+echo "$logs/curves.png, and samples.png in each run's folder"

@@ -1,0 +1,95 @@
+"""The images that diffusion trains on and is compared with."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import words
+from PIL import Image
+from torch.testing import assert_close
+
+import train_diffusion
+from w2s.data import Digits
+from w2s.options import InputError
+from w2s.order import epoch_order
+from w2s.pixels import load_pixels, save_grid
+
+ALONE = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
+
+
+def load(*parts: object):
+    args = train_diffusion.build_parser().parse_recipe(words("--workers 0 --batch-size 8", *parts))
+    train_diffusion.resolve(args)
+    return load_pixels(args, ALONE), args
+
+
+@pytest.mark.parametrize("cache", ["device", "none"])
+def test_digits_as_they_are(cache):
+    from w2s.loading import train_batches
+
+    data, args = load("--dataset digits --train-samples 100 --switch-split 0.1 --cache", cache)
+    train, switch = data.train, data.switch
+    assert (len(train), len(switch), len(data.report), data.samples) == (100, 120, 100, 100)
+    rows = data.train.indices if cache == "none" else None
+    batch, labels = next(train_batches(train, args, ALONE, 0, 12))
+    assert batch.shape == (8, 1, 8, 8) and batch.min() >= -1 and batch.max() == 1
+    pixels = data.report(range(100))
+    assert pixels.dtype == torch.uint8
+    places = epoch_order(100, 0, 0)[:8]
+    assert_close(batch, pixels[places].float() / 127.5 - 1, atol=1e-6, rtol=0)
+    digits = Digits("train")
+    if rows is not None:
+        assert np.array_equal(pixels[:, 0].numpy(), digits.images[rows])
+        assert labels.tolist() == digits.targets[rows[places]].tolist()
+        assert not set(rows) & set(data.switch.split.indices)
+    held_out = {image.tobytes() for image in switch(range(120)).numpy()}
+    assert not held_out & {image.tobytes() for image in pixels.numpy()}
+
+
+def test_another_split_size_and_flips():
+    data, _ = load("--dataset digits --train-samples 50 --img-size 16 --fd-split test --hflip 0.5")
+    assert len(data.report) == 597 and data.report(range(3)).shape == (3, 1, 16, 16)
+    assert data.switch is not data.report and len(data.switch) == 50  # nothing held out: the training images
+    flipped = 0
+    batches = data.train.train_batches(50, 1, 0, 0)
+    images = next(batches)[0]
+    for image, place in zip(images, epoch_order(50, 0, 0), strict=True):
+        original = data.switch(range(place, place + 1))[0].float() / 127.5 - 1
+        same, mirrored = (torch.allclose(image, o, atol=1e-6) for o in (original, original.flip(-1)))
+        assert same or mirrored
+        flipped += mirrored and not same
+    assert 10 < flipped < 40
+
+
+def test_keys_tell_references_apart():
+    keys = [
+        load("--dataset digits", extra)[0].report.key
+        for extra in ("", "--fd-split test", "--img-size 16", "--train-samples 50", "--switch-split 0.1")
+    ]
+    assert len({str(key) for key in keys}) == 5
+    assert load("--dataset digits --seed 5 --batch-size 4")[0].report.key == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--dataset wds/x", "is a stream"),
+        ("--dataset digits --fd-split val", "train and test"),
+        ("--dataset digits --switch-split many", "a share of the training data"),
+        ("--dataset digits --in-chans 2", "1 or 3 channels"),
+        ("--dataset nothing", "give --data-dir"),
+    ],
+)
+def test_bad_data_is_named(options, message):
+    with pytest.raises(InputError, match=message):
+        load(options)
+
+
+def test_grid(tmp_path):
+    images = torch.randint(0, 256, (70, 1, 8, 8), dtype=torch.uint8)
+    save_grid(images, tmp_path / "samples.png")
+    grid = np.asarray(Image.open(tmp_path / "samples.png"))
+    assert grid.shape == (6 * 82, 6 * 82, 3)  # 8 x 8 of them, 2 px apart, six times as large
+    assert np.array_equal(grid[12 : 12 + 48 : 6, 12 : 12 + 48 : 6, 0], images[0, 0].numpy())
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]

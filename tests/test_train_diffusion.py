@@ -1,0 +1,360 @@
+"""train_diffusion.py from its command line to what it leaves: real runs of tiny denoisers on the 8 px digits."""
+
+import contextlib
+import hashlib
+import json
+import signal
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import call_script, read_rows, read_summary, start_script, timeless, watching_forwards
+from diffusers import DDIMPipeline, DDPMPipeline
+from PIL import Image
+
+import train_diffusion
+from w2s import compare
+from w2s.diffusion import UNet, ViT, load_denoiser
+from w2s.options import InputError
+from w2s.run import NonFiniteLoss, Preempted
+
+# 4 updates an epoch
+SMALL = (
+    "--dataset digits --train-samples 64 --batch-size 16 --workers 0 --updates 8 --eval-interval 2 --fd-samples 12 "
+    "--sample-steps 2 --validation-batch-size 8 --opt adamw --lr 3e-3"
+)
+UNET = "--model nc8-rb1 --model-kwargs channel_mult=(1,2) attention=(4,)"
+VIT = "--model vit_tiny_patch16_224 --model-kwargs patch_size=4 embed_dim=16 depth=1 num_heads=2"
+PHASE = "--kd-weight 2 --kd-warmup 2 --kd-hold 2 --kd-decay 2"
+LABEL = "fd12_digits-resnet10t"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_teacher):
+    """A run in this process: run(output, name, options...) returns its folder."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def start(output: Path, name: str, *parts: object) -> Path:
+        options = [*parts, "--fd-features", tiny_teacher, "--fd-cache", cache, "--output", output, "--name", name]
+        call_script(train_diffusion.main, SMALL, UNET, *options)
+        return output / name
+
+    return start
+
+
+@contextlib.contextmanager
+def forwards(each=lambda count: None):
+    """The forwards of denoisers while it lasts: (parameters, in training, digest); `each` before a training one."""
+    seen, count = [], 0
+
+    def see(module: torch.nn.Module, inputs: tuple) -> None:
+        nonlocal count
+        if isinstance(module, UNet | ViT) and inputs[0].device.type != "meta":  # the FLOPs are counted on meta
+            if module.training:
+                each(count)
+                count += 1
+            digest = hashlib.sha256(inputs[0].contiguous().numpy().tobytes() + inputs[1].numpy().tobytes()).hexdigest()
+            seen.append((sum(p.numel() for p in module.parameters()), module.training, digest))
+
+    with watching_forwards(see):
+        yield seen
+
+
+def weights(folder: Path, part: str = "model") -> bytes:
+    return (folder / part / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+# ---- a baseline ----
+
+
+@pytest.fixture(scope="module")
+def baseline(run, tmp_path_factory) -> tuple[Path, list]:
+    with forwards() as seen:
+        folder = run(tmp_path_factory.mktemp("baseline"), "baseline", "--target 1e9 1e-9")
+    return folder, seen
+
+
+def test_baseline_leaves_metrics_and_summary(baseline):
+    rows, summary = read_rows(baseline[0]), read_summary(baseline[0])
+    assert [int(row["update"]) for row in rows] == [2, 4, 6, 8]
+    assert [float(row["epoch"]) for row in rows] == [0.5, 1, 1.5, 2]
+    assert list(rows[0])[-3:] == [LABEL, "mmd12_digits-resnet10t", f"switch_{LABEL}"]
+    assert (summary["task"], summary["metric"], summary["mode"]) == ("diffusion", LABEL, "min")
+    assert summary["best"] == min(float(row[LABEL]) for row in rows)
+    assert summary["targets"]["1000000000"]["first"]["update"] == 2
+    assert summary["targets"]["1e-09"]["first"] is None
+    assert summary["features"]["samples"] == 12 and len(summary["features"]["digest"]) == 12
+    assert summary["data"] == {"train": 64, "switch": 0, "report": 64}
+    flops = summary["flops"]["student_update"]
+    assert [float(row["pflops"]) for row in rows] == pytest.approx([n * flops / 1e15 for n in (2, 4, 6, 8)])
+
+
+def test_baseline_exports_are_pipelines_with_the_moving_average(baseline):
+    folder = baseline[0]
+    for kind in (DDPMPipeline, DDIMPipeline):
+        assert kind.from_pretrained(folder / "model").unet.config.sample_size == 8
+    best = min(read_rows(folder), key=lambda row: float(row[LABEL]))
+    assert (weights(folder) == weights(folder, "best")) == (best["update"] == "8")
+    checkpoint = folder / "checkpoints" / "update-00000008"
+    from safetensors.torch import load_file
+
+    ema = load_file(checkpoint / "ema.safetensors")
+    exported = load_denoiser(str(folder))[0].state_dict()
+    assert all(torch.equal(ema[name], tensor) for name, tensor in exported.items())
+    raw = load_file(checkpoint / "model.safetensors")
+    assert any(not torch.equal(raw[name], tensor) for name, tensor in exported.items())
+
+
+def test_samples_are_a_picture_of_twelve(baseline):
+    grid = np.asarray(Image.open(baseline[0] / "samples.png"))
+    assert grid.shape == (6 * 22, 6 * 82, 3) and len(np.unique(grid)) > 10
+
+
+def test_eval_only_prints_the_last_evaluation(baseline, run, capsys):
+    folder = baseline[0]
+    run(folder.parent, folder.name, "--eval-only")
+    row = read_rows(folder)[-1]
+    assert json.loads(capsys.readouterr().out) == {k: float(row[k]) for k in (LABEL, "mmd12_digits-resnet10t")}
+
+
+def test_args_yaml_is_a_recipe_that_repeats_the_run(baseline, tmp_path):
+    options = yaml.safe_load((baseline[0] / "args.yaml").read_text())
+    assert set(options) == set(vars(train_diffusion.build_parser().parse_args([]))) - {"config"}
+    recipe = ["-c", baseline[0] / "args.yaml", "--output", tmp_path, "--name", "again"]
+    call_script(train_diffusion.main, recipe)
+    assert timeless(tmp_path / "again") == timeless(baseline[0])
+    assert weights(tmp_path / "again") == weights(baseline[0])
+
+
+# ---- with a teacher ----
+
+
+@pytest.fixture(scope="module")
+def teacher(run, tmp_path_factory) -> Path:
+    """A weak teacher of the other family."""
+    return run(tmp_path_factory.mktemp("teacher"), "teacher", VIT, "--updates 4 --eval-interval 4 --seed 7")
+
+
+@pytest.fixture(scope="module")
+def treated(run, teacher, tmp_path_factory) -> tuple[Path, list]:
+    with forwards() as seen:
+        folder = run(
+            tmp_path_factory.mktemp("treated"), "treated", PHASE, "--kd-patience 99 --target 1e9 --eval-interval 1",
+            "--teacher", teacher,
+        )  # fmt: skip
+    return folder, seen
+
+
+def test_lambda_follows_the_updates_and_losses_add_up(treated):
+    rows = read_rows(treated[0])
+    shape = [0, 2, 4, 6], [0, 2, 2, 0]
+    for row in rows:
+        u = int(row["update"])
+        assert float(row["kd_weight"]) == pytest.approx(np.interp(u, *shape))
+        assert row["kd_active"] == str(int(u < 6))
+        assert (row[f"switch_{LABEL}"] != "") == (u < 6)
+        weight = np.interp(u - 1, *shape)  # of the update that this row is about
+        assert (row["kd_loss"] != "") == (weight > 0)
+        total = float(row["task_loss"]) + weight * float(row["kd_loss"] or 0)
+        assert float(row["train_loss"]) == pytest.approx(total, rel=1e-5)
+    assert read_summary(treated[0])["kd_off"] == {"epoch": 1.5, "update": 6, "reason": "window"}
+
+
+def test_teacher_is_scored_first_and_sees_what_the_student_sees(treated, baseline):
+    seen, facts = treated[1], read_summary(treated[0])["teacher"]
+    is_teacher = [params == facts["params"] for params, _, _ in seen]
+    first = next(i for i, (_, training, _) in enumerate(seen) if training)
+    assert is_teacher[:first] == [True] * 2 * 2 * 2  # two distances, two steps, two batches of samples
+    trained = [digest for _, training, digest in seen if training]
+    taught = [digest for (_, _, digest), yes in zip(seen, is_teacher, strict=True) if yes][first:]
+    assert taught == trained[1:6]  # the same x_t and t, while lambda is above 0
+    assert trained == [digest for _, training, digest in baseline[1] if training]  # and both arms the same
+
+
+def test_reported_and_deciding_samples_come_from_other_noise(treated):
+    first = next(i for i, (_, training, _) in enumerate(treated[1]) if training)
+    digests = [digest for _, _, digest in treated[1][:first]]
+    assert len(set(digests)) == len(digests)
+    facts = read_summary(treated[0])["teacher"]
+    assert facts["switch"] != facts["report"] and facts["model"] == "vit_tiny_patch16_224"
+    seen = [row[2] for row in treated[1] if not row[1]]
+    assert seen.count(digests[0]) == 1 + 8  # the same start noise at every evaluation, for teacher and student
+
+
+def test_student_that_surpasses_drops_the_teacher_for_good(run, teacher, tmp_path):
+    options = (PHASE, "--kd-hold 4 --teacher-score 1e9 --kd-patience 2 --recovery-interval 5 --teacher", teacher)
+
+    def stop(count: int) -> None:
+        if count == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with forwards(stop) as seen, pytest.raises(Preempted):
+        run(tmp_path, "run", *options)
+    folder = tmp_path / "run"
+    assert read_summary(folder)["kd_off"] == {"epoch": 1.0, "update": 4, "reason": "surpass"}
+    params = read_summary(folder)["teacher"]["params"]
+    last = max(i for i, row in enumerate(seen) if row[0] == params)
+    assert sum(training for _, training, _ in seen[:last]) == 4  # the fifth update is without it
+    hidden = teacher.rename(teacher.with_name("hidden"))
+    try:
+        with forwards() as seen:
+            run(tmp_path, "run", *options, "--resume auto")
+    finally:
+        hidden.rename(teacher)
+    assert params not in {row[0] for row in seen}
+    assert read_summary(folder)["status"] == "finished"
+    assert [row["kd_active"] for row in read_rows(folder)] == ["1", "0", "0", "0"]
+
+
+def test_teacher_equal_to_the_student_has_nothing_to_say(run, baseline, tmp_path):
+    options = "--kd-warmup 0 --kd-hold 1 --kd-decay 0 --updates 1 --eval-interval 1 --kd-weight 5"
+    folder = run(tmp_path, "run", options, "--initial-checkpoint", baseline[0], "--teacher", baseline[0])
+    (row,) = read_rows(folder)
+    assert float(row["kd_loss"]) < 1e-12  # rounding: the teacher's forward keeps nothing for a backward
+
+
+def test_compare_takes_these_runs(treated, run, tmp_path, capsys):
+    plain = run(tmp_path, "plain", "--target 1e9 --eval-interval 1")
+    argv = ["--baseline", str(plain), "--treated", str(treated[0]), "--out", str(tmp_path / "out")]
+    assert compare.main(argv) == 0
+    result = json.loads((tmp_path / "out" / "speedup.json").read_text())
+    assert result["mode"] == "min" and result["targets"]["1000000000"]["speedup"]["update"] == 1
+    assert f"{LABEL} <= tau" in capsys.readouterr().out
+
+
+# ---- resumed, on several processes ----
+
+EVERYTHING = (
+    "--model-kwargs channel_mult=(1,2) attention=(4,) dropout=0.3 --grad-accum-steps 2 --batch-size 8 --hflip 0.5 "
+    "--clip-grad 1 --class-cond --prediction v --min-snr 5 --betas cosine --sampler ddpm --warmup-updates 3 "
+    "--sched cosine --switch-split 0.1 --recovery-interval 3"
+)
+
+
+def test_resumed_within_an_epoch_it_ends_in_the_same_bits(run, tmp_path):
+    weak = run(tmp_path, "weak", EVERYTHING, "--updates 2 --seed 7")
+    options = (EVERYTHING, PHASE, "--kd-patience 99 --teacher", weak)
+    whole = run(tmp_path, "whole", *options)
+
+    def stop(count: int) -> None:
+        if count == 4 * 2:  # the first micro-batch of the fifth update
+            signal.raise_signal(signal.SIGTERM)
+
+    with forwards(stop), pytest.raises(Preempted, match="saved at update 5"):
+        run(tmp_path, "run", *options)
+    folder = run(tmp_path, "run", *options, "--resume auto")
+    assert timeless(folder) == timeless(whole)
+    for part in ("model", "best"):
+        assert weights(folder, part) == weights(whole, part)
+
+
+def test_two_processes_train_as_one(run, treated, teacher, tiny_teacher, tmp_path):
+    """Data, noise and time steps are the same; gradients are summed in another order, so bits differ: 1e-6 of a loss
+    here. Samples of nearly the same weights round to nearly the same uint8 pixels, whence 1 % of a distance."""
+    options = (SMALL, UNET, PHASE, "--kd-patience 99 --eval-interval 1 --batch-size 8 --fd-features", tiny_teacher)
+    log = tmp_path / "log"
+    started = start_script(
+        "train_diffusion", log, *options, "--teacher", teacher, "--name two --output", tmp_path, processes=2
+    )
+    assert started.wait() == [0, 0], started.text
+    rows, others = read_rows(treated[0]), read_rows(tmp_path / "two")
+    assert len(rows) == len(others) == 8
+    for row, other in zip(rows, others, strict=True):
+        for column in ("epoch", "update", "samples", "lr", "kd_weight", "kd_active", "pflops"):
+            assert row[column] == other[column], column
+        for column in ("train_loss", "task_loss", "kd_loss"):
+            assert float(row[column] or 0) == pytest.approx(float(other[column] or 0), rel=1e-4), column
+        for column in (LABEL, f"switch_{LABEL}"):
+            assert float(row[column] or 0) == pytest.approx(float(other[column] or 0), rel=1e-2), column
+    ours, theirs = (read_summary(folder)["teacher"] for folder in (treated[0], tmp_path / "two"))
+    assert ours["report"] == theirs["report"] and ours["switch"] == theirs["switch"]  # whole batches: the same bits
+
+
+# ---- the other options ----
+
+
+def test_vit_student_with_classes_on_uncached_enlarged_images(run, tmp_path):
+    options = (
+        "--class-cond --cache none --img-size 16 --updates 2 --channels-last --fd-split test --log-with tensorboard"
+    )
+    folder = run(tmp_path, "vit", VIT, options)
+    model, process, _ = load_denoiser(str(folder))
+    assert isinstance(model, ViT) and model.facts == (16, 1, 10) and process.config.num_train_timesteps == 1000
+    assert read_summary(folder)["data"]["report"] == 597
+    assert b"samples" in b"".join(path.read_bytes() for path in folder.rglob("events.out*"))
+
+
+def test_dry_run_leaves_nothing(run, teacher, tmp_path, capfd):
+    run(tmp_path, "dry", PHASE, "--dry-run --fd-samples 1000 --teacher", teacher)
+    assert not list(tmp_path.iterdir())
+    said = capfd.readouterr().err
+    assert "3 updates" in said and "done: fd8_digits-resnet10t" in said and "nothing kept" in said
+
+
+def test_loss_that_is_not_finite_ends_the_run(run, tmp_path):
+    with pytest.raises(NonFiniteLoss):
+        run(tmp_path, "run", "--opt sgd --lr 1e30")
+    assert read_summary(tmp_path / "run")["status"] == "failed"
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model nc8", "ncN-rbM"),
+        ("--model-kwargs widths=3", "widths"),
+        ("--model-kwargs channel_mult=5", "cannot build denoiser"),
+        ("--betas quadratic", "--betas"),
+        ("--diffusion-steps 10", "too few"),
+        ("--sample-steps 2000", "exceeds --diffusion-steps"),
+        ("--kd-temperature 6 1", "no temperature"),
+        ("--fid-weights x.pth", "give one"),
+        ("--fd-samples 1", "two images"),
+        ("--target 0", "lies above 0"),
+        ("--target fid10k=5", LABEL),
+        ("--batch-size 100", "fewer than one update"),
+        ("--warmup-updates 9", "--warmup-updates 9 is longer"),
+        ("--opt nothing", "--opt nothing"),
+        ("--torchcompile nothing", "--torchcompile"),
+        ("--fd-split val", "train and test"),
+        ("--initial-checkpoint nowhere", "holds no denoiser"),
+        ("--teacher nowhere", "holds no denoiser"),
+        ("--teacher-model nc8-rb1", "--teacher-model"),
+        ("--train-samples 5000", "--train-samples"),
+        ("--updatess 5", "--updatess"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(options, message, run, tmp_path):
+    with forwards() as seen, pytest.raises(InputError, match=message) as error:
+        run(tmp_path, "run", options)
+    assert "\n" not in str(error.value) and not seen and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--img-size 16", "image size 8"),
+        ("--in-chans 3", "channels 1"),
+        ("--class-cond", "classes"),
+        ("--betas cosine", "--betas"),
+        ("--diffusion-steps 400", "--diffusion-steps"),
+        ("--prediction v", "--prediction"),
+        ("--kd-warmup 9", "longer than the run"),
+    ],
+)
+def test_teacher_that_does_not_fit_is_refused(options, message, run, teacher, tmp_path):
+    with forwards() as seen, pytest.raises(InputError, match=message):
+        run(tmp_path, "run", options, "--teacher", teacher)
+    assert not seen and not (tmp_path / "run").exists()
+
+
+def test_distance_without_any_inception_weights_says_what_to_do(tmp_path):
+    where = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
+    with mock.patch(where, side_effect=OSError("no route")), pytest.raises(InputError, match="--fd-features RUN"):
+        call_script(train_diffusion.main, SMALL, UNET, "--name run --output", tmp_path)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,255 @@
+"""Frechet distance and KID between sets of uint8 images, on Inception features or those of a classifier trained here.
+
+FID (Heusel et al. 2017, arXiv 1706.08500) and KID are the distances on torch-fidelity's Inception features and nothing
+else; on a classifier's features they are called fd and mmd, with the features and the number of samples in the name.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+from w2s.models import find_model, load_folder
+from w2s.options import InputError
+
+KID_SUBSET, KID_SUBSETS = 1000, 10  # features a subset, as torch-fidelity has it, and subsets (there 100)
+KID_IMAGES = 10_000  # reference images whose features are kept for KID
+
+
+class Inception(nn.Module):
+    """torch-fidelity's Inception, 2048 features of the last pooling.
+
+    Args:
+        weights: its .pth file; downloaded where None.
+
+    Raises:
+        InputError: no such file, not that network's weights, or no download.
+    """
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        try:
+            if weights is not None:  # the library would unpickle anything: only tensors get there
+                torch.load(weights, map_location="cpu", weights_only=True)
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights, verbose=False
+            )
+        except Exception as error:  # urllib, pickle and torch raise many kinds
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            what = f"--fid-weights {weights}" if weights else f"cannot download {URL_INCEPTION_V3}"
+            raise InputError(
+                f"{what}: {type(error).__name__}: {reason}; give --fid-weights FILE or --fd-features RUN"
+            ) from None
+        self.name, self.inception, self.digest = "inception", True, digest_of(self.network)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, 2048) of uint8 images (B, 1 or 3, H, W)."""
+        return self.network(images.expand(-1, 3, -1, -1))[0]
+
+
+class Classifier(nn.Module):
+    """The penultimate features of a classifier: what timm's `forward_head(pre_logits=True)` gives.
+
+    Args:
+        run: a run folder of train_cls.py, or an exported model folder.
+
+    Raises:
+        InputError: no model there, or one that cannot be loaded.
+    """
+
+    def __init__(self, run: str) -> None:
+        super().__init__()
+        folder = find_model(run)
+        self.network = load_folder(folder).eval().requires_grad_(False)
+        config = self.network.pretrained_cfg
+        self.size, self.mode = tuple(config["input_size"][-2:]), config.get("interpolation", "bicubic")
+        self.channels = config["input_size"][0]
+        for part in ("mean", "std"):
+            self.register_buffer(part, torch.tensor(config[part]).view(1, -1, 1, 1))
+        model_args = json.loads((folder / "config.json").read_text()).get("model_args") or {}
+        architecture = str(model_args.get("base") or config.get("architecture"))
+        options = folder.parent / "args.yaml"
+        dataset = (yaml.safe_load(options.read_text()) or {}).get("dataset", "") if options.is_file() else ""
+        self.name = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, [dataset.rpartition("/")[-1], architecture])))
+        self.inception, self.digest = False, digest_of(self.network)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, d) of uint8 images (B, C, H, W): scaled, resized and normalised as the classifier wants them."""
+        x = images.float() / 255
+        if x.shape[1] != self.channels:
+            x = x.expand(-1, self.channels, -1, -1)
+        if tuple(x.shape[-2:]) != self.size:
+            mode = self.mode if self.mode in ("bilinear", "bicubic") else "bicubic"
+            x = F.interpolate(x, self.size, mode=mode, antialias=True).clamp(0, 1)
+        features = self.network.forward_features((x - self.mean) / self.std)
+        return self.network.forward_head(features, pre_logits=True).flatten(1)
+
+
+def load_features(run: str | None, weights: str | None, channels: int) -> Inception | Classifier:
+    """The feature extractor that --fd-features and --fid-weights mean, fitted to images of so many channels.
+
+    Raises:
+        InputError: both given, cannot be loaded, or a classifier of grey images for images in colour.
+    """
+    if run and weights:
+        raise InputError("--fd-features and --fid-weights are two kinds of features; give one")
+    features = Classifier(run) if run else Inception(weights)
+    if run and channels != features.channels and channels != 1:
+        raise InputError(f"--fd-features {run} takes {features.channels} channel(s), the images have {channels}")
+    return features
+
+
+def digest_of(model: nn.Module) -> str:
+    """A short hash of a model's weights."""
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
+def metric_labels(features: Inception | Classifier, count: int) -> tuple[str, str]:
+    """What the two distances of `count` samples are called: fid10k and kid10k, or fd512_NAME and mmd512_NAME."""
+    number = f"{count // 1000}k" if count % 1000 == 0 else str(count)
+    if features.inception:
+        return f"fid{number}", f"kid{number}"
+    return f"fd{number}_{features.name}", f"mmd{number}_{features.name}"
+
+
+@torch.no_grad()
+def extract(
+    features: Callable[[Tensor], Tensor],
+    images: Callable[[Sequence[int]], Tensor] | Tensor,
+    count: int,
+    accelerator: "accelerate.Accelerator",  # noqa: F821
+    batch_size: int = 256,
+) -> Tensor:
+    """The features (count, d) of images 0 to count - 1, float32, in order, on the CPU of every process.
+
+    Batches are shared out whole, so that another number of processes computes the very same ones.
+
+    Args:
+        features: uint8 images (B, C, H, W) on the device -> (B, d).
+        images: all of them, or a function from row numbers to those images.
+    """
+    device, result = accelerator.device, None
+    for start in range(0, count, batch_size)[accelerator.process_index :: accelerator.num_processes]:
+        rows = range(start, min(start + batch_size, count))
+        batch = images(rows) if callable(images) else images[start : rows.stop]
+        values = features(batch.to(device)).float()
+        if result is None:
+            result = torch.zeros(count, values.shape[1], device=device)
+        result[start : rows.stop] = values
+    if result is None:  # more processes than batches
+        blank = images(range(1)) if callable(images) else images[:1]
+        result = torch.zeros(count, features(blank.to(device)).shape[1], device=device)
+    return accelerator.reduce(result, "sum").cpu()  # the rows of others are 0 here
+
+
+@dataclass
+class Statistics:
+    """Mean (d,) and covariance (d, d) of features in float64, and features (m, d) for KID."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    features: np.ndarray
+
+    @classmethod
+    def of(cls, features: Tensor, device: torch.device | str = "cpu") -> "Statistics":
+        """The statistics of features (n, d), n >= 2; the sums run in float64, on `device` where it has that.
+
+        Raises:
+            InputError: fewer than two rows.
+        """
+        if len(features) < 2:
+            raise InputError(f"a Frechet distance needs at least two images, got {len(features)}")
+        wide = features.to("cpu" if torch.device(device).type == "mps" else device, torch.float64)
+        covariance = torch.cov(wide.T).reshape(features.shape[1], features.shape[1])
+        kept = features[:: -(-len(features) // KID_IMAGES)]
+        return cls(wide.mean(0).cpu().numpy(), covariance.cpu().numpy(), kept.numpy())
+
+
+def frechet_distance(one: Statistics, other: Statistics) -> float:
+    """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`; NaN where a feature was not finite.
+
+    The trace of the root is the nuclear norm of `C1^(1/2) C2^(1/2)`: real, and exact for singular covariances too.
+    """
+    if not all(np.isfinite(part).all() for part in (one.mean, one.covariance, other.mean, other.covariance)):
+        return float("nan")
+    shared = np.linalg.norm(_root(one.covariance) @ _root(other.covariance), "nuc")
+    difference = one.mean - other.mean
+    return float(difference @ difference + np.trace(one.covariance) + np.trace(other.covariance) - 2 * shared)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """The symmetric square root; eigenvalues within rounding of 0, negative ones among them, are 0."""
+    values, vectors = np.linalg.eigh(covariance)
+    values[values < values.max() * len(values) * np.finfo(float).eps] = 0
+    return (vectors * np.sqrt(values)) @ vectors.T
+
+
+def kernel_distance(one: Statistics, other: Statistics) -> float:
+    """KID (Binkowski et al. 2018, arXiv 1801.01401) by torch-fidelity: its mean over 10 subsets of 1,000 features.
+
+    Smaller sets are compared whole, once; they are noisy.
+    """
+    size = min(KID_SUBSET, len(one.features), len(other.features))
+    values = kid_features_to_metric(
+        torch.from_numpy(one.features).double(),
+        torch.from_numpy(other.features).double(),
+        kid_subset_size=size,
+        kid_subsets=KID_SUBSETS if size == KID_SUBSET else 1,
+        verbose=False,
+    )
+    return values[KEY_METRIC_KID_MEAN]
+
+
+def cached_statistics(
+    folder: Path | None,
+    key: dict,
+    make: Callable[[], Statistics],
+    accelerator: "accelerate.Accelerator",  # noqa: F821
+) -> Statistics:
+    """The statistics of a reference set from disk, or made by all processes and written there, complete or not at all.
+
+    Args:
+        folder: the cache; None: neither read nor written.
+        key: all that the statistics depend on (dataset, split, rows, size, n, features), JSON types.
+        make: computes them, the same on every process.
+    """
+    text = json.dumps(key, sort_keys=True)
+    path = folder and folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+    found = _read(path, text) if path else None
+    # one answer for all: a process that did not see the file would wait for the others in `make`
+    all_found = accelerator.reduce(torch.tensor(float(found is not None), device=accelerator.device), "mean").item()
+    if all_found == 1:
+        return found
+    made = make()
+    if path and accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}.partial")
+        with open(beside, "wb") as file:
+            np.savez(file, key=text, mean=made.mean, covariance=made.covariance, features=made.features)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    return made
+
+
+def _read(path: Path, key: str) -> Statistics | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["key"]) == key:
+                return Statistics(file["mean"], file["covariance"], file["features"])
+    except Exception:  # not there, truncated, something else: made anew
+        return None

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up, lint, run all tests. Arguments go to pytest.
+# Set up, lint, run all tests, a file on each core. Arguments go to pytest.
 set -euo pipefail
-. "$(dirname "$0")/../recipes/setup.sh" pytest ruff pycocotools
+. "$(dirname "$0")/../recipes/setup.sh" pytest pytest-xdist ruff pycocotools
 ruff check .
-python -m pytest -q --durations=10 "$@"
+python -m pytest -q --durations=10 --numprocesses logical --maxprocesses 8 --dist loadfile "$@"

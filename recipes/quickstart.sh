@@ -7,12 +7,13 @@ output=${OUTPUT:-output}
 mkdir -p "$output/quickstart"
 train() { python train_cls.py -c "recipes/$1.yaml" --output "$output" --seed "$2" --resume auto "${@:3}"; }
 
-echo "The teacher: a ResNet-10 on scikit-learn's handwritten digits"
-train digits_teacher 0
-
 # both arms of a seed run side by side, each on its half of the cores, so that their seconds compare
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1))
+
+echo "The teacher: a ResNet-10 on scikit-learn's handwritten digits"
+train digits_teacher 0
+
 for seed in 0 1 2; do
     echo "The student, a ResNet-26, seed $seed: alone and with the teacher"
     train digits_baseline $seed 2> "$output/quickstart/baseline-seed$seed.log" & baseline=$!

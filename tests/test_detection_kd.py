@@ -78,10 +78,39 @@ def test_dense_terms_are_the_weighted_sums_by_hand():
     terms = distillation_terms(Seen(None, ours, None), theirs, 2.0)
     weight = theirs["cls"].sigmoid().amax(-1)
     divergence = kl_divergence(Bernoulli(logits=theirs["cls"] / 2), Bernoulli(logits=ours["cls"] / 2)).sum(-1) * 4
-    torch.testing.assert_close(terms["cls"], (divergence * weight).sum() / weight.sum())
+    torch.testing.assert_close(terms["cls"], ((divergence * weight).sum(1) / weight.sum(1)).mean())
     distance = (ours["box"] - theirs["box"]).abs()
     huber = torch.where(distance < 1 / 9, 4.5 * distance**2, distance - 1 / 18).sum(-1)
-    torch.testing.assert_close(terms["box"], (huber * weight).sum() / weight.sum())
+    torch.testing.assert_close(terms["box"], ((huber * weight).sum(1) / weight.sum(1)).mean())
+
+
+@KINDS
+def test_the_terms_of_a_batch_are_the_means_over_its_images(kind):
+    """So that two processes with half the batch each have the gradient of one."""
+    generator = torch.Generator().manual_seed(0)
+    prefix, shape = ("", (4, 7)) if kind == "retinanet" else ("rpn_", (4 * 7,))
+    rows = 1 if prefix else 3
+
+    def part(outputs: dict, rows: slice) -> dict:
+        return {k: (v[rows] if not k.startswith("rpn") else v.unflatten(0, (4, 7))[rows].flatten(0, 1))
+                if not k.startswith("roi") else v.unflatten(0, (4, 5))[rows].flatten(0, 1)
+                for k, v in outputs.items()}  # fmt: skip
+
+    sides = []
+    for _ in range(2):
+        side = {f"{prefix}cls": 2 * torch.randn(*shape, rows, generator=generator)}
+        side[f"{prefix}box"] = torch.randn(*shape, 4, generator=generator)
+        if prefix:
+            side |= {"roi_cls": torch.randn(20, 3, generator=generator)}
+            side |= {"roi_box": torch.randn(20, 12, generator=generator)}
+        sides.append(side)
+    whole = distillation_terms(Seen(None, sides[0], [None] * 4), sides[1], 2.0)
+    halves = [
+        distillation_terms(Seen(None, part(sides[0], half), [None] * 2), part(sides[1], half), 2.0)
+        for half in (slice(0, 2), slice(2, 4))
+    ]
+    for name in whole:
+        torch.testing.assert_close(whole[name], (halves[0][name] + halves[1][name]) / 2)
 
 
 def test_roi_boxes_follow_the_class_the_teacher_sees():
@@ -90,13 +119,13 @@ def test_roi_boxes_follow_the_class_the_teacher_sees():
     theirs = dense | {"roi_cls": torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 0, 9]]), "roi_box": torch.zeros(3, 12)}
     theirs["roi_box"][0] = 7.0  # the teacher sees background there
     theirs["roi_box"][1, 8:] = 7.0  # not the class it sees
-    assert distillation_terms(Seen(None, ours, []), theirs, 1.0)["roi_box"] == 0
-    theirs["roi_box"][2, 8:] = 1.0  # the class it sees, in one of two objects
+    assert distillation_terms(Seen(None, ours, [None]), theirs, 1.0)["roi_box"] == 0
+    theirs["roi_box"][2, 8:] = 1.0  # the class it sees, in one of three proposals
     torch.testing.assert_close(
-        distillation_terms(Seen(None, ours, []), theirs, 1.0)["roi_box"], torch.tensor(4 * (1 - 1 / 18) / 2)
+        distillation_terms(Seen(None, ours, [None]), theirs, 1.0)["roi_box"], torch.tensor(4 * (1 - 1 / 18) / 3)
     )
     theirs["roi_cls"] = torch.tensor([[9.0, 0, 0]] * 3)
-    assert distillation_terms(Seen(None, ours, []), theirs, 1.0)["roi_box"] == 0  # no object: 0, not 0 / 0
+    assert distillation_terms(Seen(None, ours, [None]), theirs, 1.0)["roi_box"] == 0  # no object
 
 
 @KINDS

@@ -141,6 +141,8 @@ def resolve(args) -> None:
     args.name = args.name or f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
     args.fd_cache = args.fd_cache or str(Path(args.output) / "fd-cache")
     args.sample_steps = args.sample_steps or (50 if args.sampler == "ddim" else args.diffusion_steps)
+    if args.fd_samples < 2:
+        raise InputError(f"--fd-samples {args.fd_samples}: a Frechet distance needs at least two images")
     if args.sample_steps > args.diffusion_steps:
         raise InputError(f"--sample-steps {args.sample_steps} exceeds --diffusion-steps {args.diffusion_steps}")
     if set(args.kd_temperature) != {1.0}:

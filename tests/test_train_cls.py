@@ -598,6 +598,24 @@ def test_options_that_change_the_result_may_not_change_on_resume(stopped, tmp_pa
     assert_same_run(folder, stopped[1])
 
 
+CACHED = "--pad-crop 2 --color-jitter 0 --reprob 0.5"  # what can be done on the device, so that auto keeps it there
+
+
+def test_a_cached_run_continues_within_an_epoch_in_the_same_bits(tmp_path):
+    whole = run(tmp_path, "whole", CACHED)
+    assert yaml.safe_load((whole / "args.yaml").read_text())["cache"] == "device"
+    folder = preempted_run(2, tmp_path, "again", CACHED)
+    assert_same_run(run(tmp_path, "again", CACHED, "--resume auto"), whole)
+    assert folder == tmp_path / "again"
+
+
+def test_a_resumed_run_keeps_to_its_cache(tmp_path):
+    preempted_run(2, tmp_path, "run", CACHED, "--cache none")
+    folder = run(tmp_path, "run", CACHED, "--resume auto")  # auto would keep the images
+    assert yaml.safe_load((folder / "args.yaml").read_text())["cache"] == "none"
+    assert_same_run(folder, run(tmp_path, "whole", CACHED, "--cache none"))
+
+
 # ---- several processes ----
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast
 from diffusers import DDPMScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ from w2s.run import Run, call_main
 from w2s.sampling import BETAS, PREDICTIONS, SAMPLERS, denoising_loss, draw_noise, generate, noise_schedule
 from w2s.teacher import Teacher, score_teacher
 from w2s.trackers import log_picture
-from w2s.training import Job, count_flops
+from w2s.training import Job, count_flops, wide
 
 DIGITS_DEFAULTS = {"img_size": 8, "in_chans": 1, "hflip": 0.0}
 
@@ -235,18 +236,23 @@ class Judge:
     def validate(self, model: nn.Module, picture: Path | None = None) -> dict[str, float]:
         """The reported distances; a grid of samples goes to `picture`."""
         images = self.samples(model, 0)
-        if images is None:
-            return dict.fromkeys(self.labels, math.nan)
-        if picture:
+        if picture and images is not None:
             save_grid(images, picture)
-        statistics = self._statistics(images, len(images))
-        values = frechet_distance(statistics, self.report), kernel_distance(statistics, self.report)
+        values = self._distances(images, self.report, frechet_distance, kernel_distance)
         return dict(zip(self.labels, values, strict=True))
 
     def switch_distance(self, model: nn.Module) -> float:
         """The distance that decides on the switch-off: other noise than the reported one's."""
-        images = self.samples(model, 1)
-        return math.nan if images is None else frechet_distance(self._statistics(images, len(images)), self.switch)
+        return self._distances(self.samples(model, 1), self.switch, frechet_distance)[0]
+
+    def _distances(self, images: Tensor | None, reference: Statistics, *measures) -> list[float]:
+        """NaN where there are no images. The first process measures: what all decide on must be one number."""
+        values = torch.full((len(measures),), math.nan, dtype=wide(self.accelerator.device))
+        if images is not None:
+            statistics = self._statistics(images, len(images))
+            if self.accelerator.is_main_process:
+                values = values.new_tensor([measure(statistics, reference) for measure in measures])
+        return broadcast(values.to(self.accelerator.device)).tolist()
 
 
 def set_up_teacher(args, run: Run, student: nn.Module, process: DDPMScheduler) -> Teacher:

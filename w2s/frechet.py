@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +80,10 @@ class Classifier(nn.Module):
             self.register_buffer(part, torch.tensor(config[part]).view(1, -1, 1, 1))
         model_args = json.loads((folder / "config.json").read_text()).get("model_args") or {}
         architecture = str(model_args.get("base") or config.get("architecture"))
-        options = folder.parent / "args.yaml"
-        dataset = (yaml.safe_load(options.read_text()) or {}).get("dataset", "") if options.is_file() else ""
+        try:
+            dataset = yaml.safe_load((folder.parent / "args.yaml").read_text())["dataset"]
+        except (OSError, yaml.YAMLError, KeyError, TypeError):  # no run folder: the name says less
+            dataset = ""
         self.name = re.sub(r"[^\w.-]+", "_", "-".join(filter(None, [dataset.rpartition("/")[-1], architecture])))
         self.inception, self.digest = False, digest_of(self.network)
 
@@ -178,6 +181,13 @@ class Statistics:
         kept = features[:: -(-len(features) // KID_IMAGES)]
         return cls(wide.mean(0).cpu().numpy(), covariance.cpu().numpy(), kept.numpy())
 
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric square root of the covariance; eigenvalues within rounding of 0, or below, are 0."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        values[values < values.max() * len(values) * np.finfo(float).eps] = 0
+        return (vectors * np.sqrt(values)) @ vectors.T
+
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:
     """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`; NaN where a feature was not finite.
@@ -186,16 +196,9 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
     """
     if not all(np.isfinite(part).all() for part in (one.mean, one.covariance, other.mean, other.covariance)):
         return float("nan")
-    shared = np.linalg.norm(_root(one.covariance) @ _root(other.covariance), "nuc")
+    shared = np.linalg.norm(one.root @ other.root, "nuc")
     difference = one.mean - other.mean
     return float(difference @ difference + np.trace(one.covariance) + np.trace(other.covariance) - 2 * shared)
-
-
-def _root(covariance: np.ndarray) -> np.ndarray:
-    """The symmetric square root; eigenvalues within rounding of 0, negative ones among them, are 0."""
-    values, vectors = np.linalg.eigh(covariance)
-    values[values < values.max() * len(values) * np.finfo(float).eps] = 0
-    return (vectors * np.sqrt(values)) @ vectors.T
 
 
 def kernel_distance(one: Statistics, other: Statistics) -> float:

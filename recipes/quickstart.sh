@@ -11,11 +11,11 @@ train() { python train_cls.py -c "recipes/$1.yaml" --output "$output" --seed "$2
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1))
 
-echo "The teacher: a ResNet-10 on scikit-learn's handwritten digits"
+echo "The teacher: a ResNet-10 on 300 of scikit-learn's handwritten digits"
 train digits_teacher 0
 
 for seed in 0 1 2; do
-    echo "The student, a ResNet-26, seed $seed: alone and with the teacher"
+    echo "The student, a vision transformer on all of them, seed $seed: alone and with the teacher"
     train digits_baseline $seed 2> "$output/quickstart/baseline-seed$seed.log" & baseline=$!
     train digits_w2s $seed --teacher "$output/digits_teacher-seed0" 2> "$output/quickstart/w2s-seed$seed.log" & w2s=$!
     wait $baseline || { cat "$output/quickstart/baseline-seed$seed.log"; kill $w2s 2> /dev/null; exit 1; }

@@ -196,7 +196,7 @@ def weak_teacher(tmp_path_factory) -> Path:
 def weak_denoiser(args, folder: Path) -> Path:
     """A denoiser of the recipe's process at 8 px."""
     process = noise_schedule(args.betas, args.diffusion_steps, args.prediction)
-    export_denoiser(unet("nc8-rb1", 8, args.in_chans or 1), process, folder / "model")
+    export_denoiser(unet("nc8-rb1", 8, 1 if args.dataset == "digits" else 3), process, folder / "model")
     return folder
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Diffusion on scikit-learn's handwritten digits: the classifier whose features judge (the quickstart's teacher), a weak
+# Diffusion on scikit-learn's handwritten digits: the classifier whose features judge (digits_features), a weak
 # U-Net, 3 seeds of the strong U-Net without and with its early help, the comparison.
 # Safe to run again: what is finished is skipped, what was interrupted goes on. OUTPUT chooses another folder.
 set -euo pipefail
@@ -7,14 +7,14 @@ set -euo pipefail
 output=${OUTPUT:-output}
 logs="$output/digits_diffusion"
 mkdir -p "$logs"
-features="$output/digits_teacher-seed0"
+features="$output/digits_features-seed0"
 train() {
     python train_diffusion.py -c "recipes/digits_diffusion_$1.yaml" --output "$output" --seed "$2" --resume auto \
         --fd-features "$features" "${@:3}"
 }
 
 echo "The features: a ResNet-10 that tells the digits apart"
-python train_cls.py -c recipes/digits_teacher.yaml --output "$output" --resume auto
+python train_cls.py -c recipes/digits_features.yaml --output "$output" --resume auto
 echo "The teacher: a U-Net of 0.18 M parameters"
 train teacher 0
 

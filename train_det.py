@@ -10,11 +10,14 @@ Resume              the same command with --resume auto
 Evaluate            python train_det.py --eval-only --initial-checkpoint RUN --data coco
 
 Without --teacher this trains a baseline, which is also how a teacher is made. Schedule and losses are those of
-torchvision's reference: SGD, linear warm-up, steps at epochs 16 and 22 of 26.
+torchvision's reference: SGD at 0.01 (RetinaNet) or 0.02 (Faster R-CNN) for 16 images, 1,000 updates of linear warm-up,
+steps at epochs 16 and 22 of 26.
 """
 
+import argparse
 import copy
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +54,7 @@ from w2s.trackers import log_picture
 from w2s.training import Job, count_flops, grid_point
 
 METRICS = NUMBERS[:6]
+LR = {"retinanet": 0.01, "fasterrcnn": 0.02}  # of torchvision's reference, for a global batch of 16
 
 
 def build_parser() -> Parser:
@@ -125,9 +129,9 @@ def build_parser() -> Parser:
     group.add_argument("--scale-jitter", type=positive_int, nargs=2, metavar="PX", help="shorter side from LOW to HIGH")
     group.add_argument("--lsj", type=positive_int, metavar="PX", help="large-scale jitter on a canvas of this size")
     add_switch(group, "--photometric", "distort colours, as SSD does")
-    # torchvision's reference, for a global batch of 16
-    parser.set_defaults(group_aspect=True, lr_base=0.02, lr_base_size=16, weight_decay=1e-4, sched="multistep")
-    parser.set_defaults(decay_milestones=[16.0, 22.0], warmup_lr=2e-5)
+    # torchvision's reference; see `resolve` and `reference_warmup` for the rest
+    parser.set_defaults(group_aspect=True, opt="momentum", lr_base=None, lr_base_size=16, weight_decay=1e-4)
+    parser.set_defaults(sched="multistep", decay_milestones=[16.0, 22.0], warmup_epochs=None, warmup_lr=None)
     return parser
 
 
@@ -138,9 +142,15 @@ def resolve(args) -> DetectorConfig:
         InputError: options that exclude each other.
     """
     pretrained = args.pretrained_backbone
+    if args.lr_base is None:
+        args.lr_base = LR[args.detector]
+    if args.opt == "momentum":  # torchvision's SGD, which decays biases and norms, too; timm would spare them
+        args.opt_kwargs = {"filter_bias_and_bn": False, **args.opt_kwargs}
     args.norm = args.norm or ("frozen_bn" if pretrained else "bn")
     if args.trainable_layers is None and pretrained:
         args.trainable_layers = 3
+    if not 0 <= args.hflip <= 1:
+        raise InputError(f"--hflip {args.hflip:g}: a probability lies in [0, 1]")
     if args.lsj and args.scale_jitter:
         raise InputError("--lsj and --scale-jitter exclude each other")
     if args.scale_jitter and args.scale_jitter[0] > args.scale_jitter[1]:
@@ -157,6 +167,16 @@ def resolve(args) -> DetectorConfig:
     )
     args.strides, args.extra_levels, args.anchor_scale = config.strides, config.extra_levels, config.anchor_scale
     return config
+
+
+def reference_warmup(args, lr: float, updates_per_epoch: int) -> argparse.Namespace:
+    """The options with torchvision's warm-up where none is given: from lr / 1000, 1,000 updates or the first epoch."""
+    options = dict(vars(args))
+    if args.warmup_epochs is None:
+        options["warmup_epochs"] = min(1000, updates_per_epoch - 1) / updates_per_epoch
+    if args.warmup_lr is None:
+        options["warmup_lr"] = lr / 1000
+    return argparse.Namespace(**options)
 
 
 def build_student(args, config: DetectorConfig) -> nn.Module:
@@ -196,6 +216,7 @@ def train(job: Job, stop: int, batches: Iterator, names: tuple[str, ...]) -> Non
                     kd_loss = sum(kd_parts.values())
                     loss = task_loss + job.kd_weight * kd_loss
                 job.run.accelerator.backward(loss / accum)
+            del seen  # its activations would stay through the next forward
             losses += torch.stack([loss, task_loss, kd_loss, *parts.values(), *kd_parts.values()]).detach() / accum
         job.step(*losses)
 
@@ -215,9 +236,13 @@ def validate(model, split: DetectionSplit, args, accelerator) -> tuple[dict[str,
     return shared_numbers(found, split, accelerator), found
 
 
-def evaluate_only(args, run: Run, config: DetectorConfig) -> None:
-    """--eval-only: print the 12 numbers, write detections.json and predictions.png."""
+def evaluate_only(args, run: Run, config: DetectorConfig, named: bool) -> None:
+    """--eval-only: print the 12 numbers, write detections.json and predictions.png.
+
+    They go into the run folder of a name that was given (`named`), or else beside the model.
+    """
     path = Path(args.initial_checkpoint or run.folder)
+    folder = run.folder if named else path.parent if path.is_file() else path
     if path.is_file():
         data = load_detection(args, DETECTORS[config.detector].first_label)
         config.classes = data.classes
@@ -231,9 +256,9 @@ def evaluate_only(args, run: Run, config: DetectorConfig) -> None:
             )
     numbers, found = validate(model.to(run.device).eval(), data.report, args, run.accelerator)
     if run.is_main:
-        write_detections(run.folder / "detections.json", found, data.report)
-        draw_predictions(run.folder / "predictions.png", found, data.report)
-        print(json.dumps(numbers))
+        print(json.dumps(numbers), flush=True)
+        write_detections(folder / "detections.json", found, data.report)
+        draw_predictions(folder / "predictions.png", found, data.report)
 
 
 def set_up_teacher(args, run: Run, student: nn.Module) -> DetectorTeacher:
@@ -262,6 +287,7 @@ def flops_of(student: nn.Module, teacher: DetectorTeacher | None, data: Detectio
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_recipe(argv)
+    named = bool(args.name)
     config = resolve(args)
     metric = args.switch_metric
     targets = parse_targets(args.target, metric, 0.0, 100.0)
@@ -271,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args, "det")
     accelerator = run.accelerator
     if args.eval_only:
-        evaluate_only(args, run, config)
+        evaluate_only(args, run, config, named)
         return
 
     # data and student
@@ -286,7 +312,8 @@ def main(argv: list[str] | None = None) -> None:
     if updates_per_epoch == 0:
         raise InputError(f"{len(data.train)} training images are fewer than one update of {images}: lower --batch-size")
     lr = scaled_lr(args, images)
-    optimizer, scheduler = build_optimizer(args, student, lr, args.epochs, updates_per_epoch)
+    schedule = reference_warmup(args, lr, updates_per_epoch)
+    optimizer, scheduler = build_optimizer(schedule, student, lr, args.epochs, updates_per_epoch)
 
     # teacher: loaded only while its phase lasts, never prepared
     teacher, teacher_facts = None, run.state and run.state["teacher"]
@@ -300,6 +327,8 @@ def main(argv: list[str] | None = None) -> None:
             *(teacher, run, metric),
             report=lambda: validate(teacher, data.report, args, accelerator)[0][metric],
             switch=lambda: validate(teacher, data.switch, args, accelerator)[0][metric],
+            # roughly: as that of a share of the images
+            error=lambda score: math.sqrt(max(score, 0) * (100 - score) / data.facts["switch"]),
         )
     flops = run.state["flops"] if run.state else flops_of(student, teacher, data, images)
 

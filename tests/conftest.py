@@ -59,7 +59,8 @@ def words(*parts: object) -> list[str]:
 DETECT = (
     "--model resnet10t --model-kwargs channels=(8,8,16,16) stem_width=8 --norm gn --strides 8 16 --extra-levels 0 "
     "--anchor-scale 2 --fpn-channels 16 --min-size 64 --max-size 64 --batch-size 4 --epochs 2 --workers 0 "
-    "--check-images 0 --switch-split 0.1 --opt adamw --lr 3e-3 --sched constant --validation-batch-size 8"
+    "--check-images 0 --switch-split 0.1 --opt adamw --lr 3e-3 --sched constant --warmup-epochs 0 "
+    "--validation-batch-size 8"
 )
 
 

@@ -81,6 +81,10 @@ def broken(change) -> dict:
         (lambda d: d["images"][0].update(id=3), "image id 3 is there twice"),
         (lambda d: d["annotations"][0].update(id=2), "annotation id 2 is there twice"),
         (lambda d: d["categories"][0].update(id=4), "category id 4 is there twice"),
+        (lambda d: d["images"][0].update(width=None), r"image 7 has no width and height in pixels, but \(None, 30\)"),
+        (lambda d: d["images"][1].update(height="30"), "image 3 has no width and height"),
+        (lambda d: d["annotations"][0].update(iscrowd="no"), "annotation 1 has iscrowd 'no'"),
+        (lambda d: d["annotations"][0].update(area="big"), "annotation 1 has iscrowd 0 and area 'big'"),
         (lambda d: d["annotations"][0].update(image_id=8), "annotation 1 has unknown image_id 8"),
         (lambda d: d["annotations"][0].update(category_id=1), "annotation 1 has unknown category_id 1"),
         (lambda d: d["annotations"][0].update(bbox=[1, 2, 3]), "annotation 1 has no bbox of four numbers"),
@@ -104,6 +108,11 @@ def test_boxes_are_fixed_on_request_and_the_metric_still_sees_them_as_they_are()
     source = annotate(broken(change), "here", True, None)
     assert [boxes.tolist() for boxes in source.boxes] == [[[30, 2, 40, 7]], [], []]
     assert [a["bbox"] for a in source.annotations[0]] == [[30, 2, 20, 5], [50, 2, 9, 5]]
+
+
+def test_what_is_null_is_not_given():
+    source = annotate(broken(lambda d: d["annotations"][0].update(iscrowd=None, area=None)), "here", False, None)
+    assert source.annotations[0][0]["iscrowd"] == 0 and source.annotations[0][0]["area"] == 120
 
 
 def test_rounding_at_the_border_is_no_mistake():
@@ -157,6 +166,16 @@ def test_explicit_paths_and_splits_of_other_classes(tmp_path):
         load_detection(options(**names), 0)
     names |= {"val_images": a / "val2017", "val_json": a / "annotations" / "instances_val2017.json"}
     assert len(load_detection(options(**names), 0).report) == 3
+
+
+def test_an_evaluation_opens_the_reporting_split_only(tmp_path):
+    folder = write(tmp_path / "set", parts=("val",))
+    data = load_detection(options(folder, eval_only=True), 0)
+    assert data.train is None and len(data.report) == 3 and data.classes == ["plane", "spoon", "brush"]
+    paths = {"val_images": folder / "val2017", "val_json": folder / "annotations" / "instances_val2017.json"}
+    assert len(load_detection(options(eval_only=True, **paths), 0).report) == 3
+    with pytest.raises(InputError, match="has no instances_train"):
+        load_detection(options(folder), 0)
 
 
 # ---- splits ----
@@ -223,6 +242,50 @@ def test_hugging_face_sets_come_through_the_same_door(layout, corners, tmp_path)
     args.target_key = "things"
     with pytest.raises(InputError, match="no column 'things'"):
         load_detection(args, 0)
+
+
+def write_objects(folder: Path, kind: str, **parts: dict[str, list]) -> None:
+    """Splits of one image each, without a ClassLabel."""
+    import datasets
+
+    inner = {"bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=4))}
+    inner |= {"category": datasets.Sequence(datasets.Value(kind)), "area": datasets.Sequence(datasets.Value("float32"))}
+    features = datasets.Features({"image": datasets.Image(), "objects": inner})
+    for split, objects in parts.items():
+        rows = {"image": [Image.new("RGB", (40, 30))], "objects": [objects]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "test", "names", "label"),
+    [
+        ("string", ["dog", "cat"], ["dog"], ["cat", "dog"], 1),
+        ("int64", [0, 2], [1], ["0", "1", "2"], 1),  # the highest label is in one split only
+    ],
+)
+def test_hugging_face_classes_without_names(kind, train, test, names, label, tmp_path):
+    box = [5.0, 6.0, 10.0, 10.0]
+    train = {"bbox": [box] * 2, "category": train, "area": [30.0, 40.0]}
+    test = {"bbox": [box], "category": test, "area": [50.0]}
+    write_objects(tmp_path, kind, train=train, test=test)
+    data = load_detection(options(f"hfds/{tmp_path}"), 0)
+    assert data.classes == names and data.report.item(0)[1]["labels"].tolist() == [label]
+    assert [a["area"] for a in data.train.source.annotations[0]] == [30, 40], "not the boxes'"
+
+
+@pytest.mark.parametrize(
+    ("kind", "categories", "message"),
+    [
+        ("int64", [0], "row 0 has 2 boxes, but 1 under 'category'"),
+        ("int64", [0, -1], "strings, or numbers from 0"),
+        ("int64", [0, None], "strings, or numbers from 0"),
+    ],
+)
+def test_bad_hugging_face_objects(kind, categories, message, tmp_path):
+    objects = {"bbox": [[5.0, 6.0, 10.0, 10.0]] * 2, "category": categories, "area": [1.0, 1.0]}
+    write_objects(tmp_path, kind, train=objects, test=objects)
+    with pytest.raises(InputError, match=message):
+        load_detection(options(f"hfds/{tmp_path}"), 0)
 
 
 def test_the_built_in_digits_are_the_same_every_time(tmp_path):

@@ -117,6 +117,17 @@ def test_perfect_and_empty_detections():
     assert coco_results(found, split) == []
 
 
+def test_annotation_ids_may_count_from_zero():
+    """The evaluators take an id of 0 for no match."""
+    truth = {"images": [{"id": 1, "width": 50, "height": 50}], "categories": [{"id": 1, "name": "a"}]}
+    truth["annotations"] = [
+        {"id": k, "image_id": 1, "category_id": 1, "bbox": [20 * k, 5, 10, 10], "area": 100} for k in range(2)
+    ]
+    split = DetectionSplit(annotate(truth, "here", False, None), [0], 0)
+    perfect = [{"image_id": 1, "category_id": 1, "bbox": a["bbox"], "score": 1.0} for a in truth["annotations"]]
+    assert coco_numbers(perfect, split)["AP"] == pytest.approx(100)
+
+
 def test_what_is_not_there_is_minus_one_as_in_coco():
     truth = {"images": [{"id": 1, "width": 50, "height": 50}], "categories": [{"id": 1, "name": "a"}]}
     truth["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 10, 10], "area": 100}]
@@ -131,6 +142,7 @@ def test_detections_have_the_ids_of_the_data(tmp_path):
     write_detections(tmp_path / "run" / "detections.json", found, split)
     results = json.loads((tmp_path / "run" / "detections.json").read_text())
     assert {r["category_id"] for r in results} == {3, 8, 20} and {r["image_id"] for r in results} <= set(split.ids)
+    assert not list((tmp_path / "run").glob("*.partial"))
     x, y, width, height = results[0]["bbox"]
     position = split.ids.index(results[0]["image_id"])
     assert detections[position]["boxes"][0].tolist() == pytest.approx([x, y, x + width, y + height], abs=1e-4)

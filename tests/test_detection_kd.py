@@ -137,6 +137,17 @@ def test_a_teacher_detects_on_lists_of_images(kind, accelerator):
             assert torch.equal(ours["boxes"], theirs["boxes"])
 
 
+@KINDS
+def test_a_teacher_detects_at_the_students_size(kind, accelerator):
+    torch.manual_seed(0)
+    student, smaller = build_detector(tiny(kind)), build_detector(tiny(kind, min_size=32, max_size=48))
+    smaller.load_state_dict(student.state_dict())
+    teacher = DetectorTeacher(smaller, "somewhere", accelerator, student)
+    images, _ = batch()
+    sizes = [model.transform(images)[0].image_sizes for model in (teacher.model, student.eval())]
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -146,6 +157,7 @@ def test_a_teacher_detects_on_lists_of_images(kind, accelerator):
         ({"strides": [8, 16, 32]}, "strides"),
         ({"extra_levels": 1}, "number of extra levels: 1, the student's: 2"),
         ({"anchor_scale": 3.0}, "anchor sides"),
+        ({"detector_kwargs": {"bbox_reg_weights": [1, 1, 1, 1]}}, r"its weights of box deltas: \(1, 1, 1, 1\)"),
     ],
 )
 def test_a_teacher_that_does_not_line_up_is_refused_with_the_reason(change, message):
@@ -163,7 +175,9 @@ def test_a_teacher_is_a_folder_or_a_weights_file_with_its_backbone(tmp_path):
     export(model, tmp_path / "old" / "model")
     kwargs = model.config.model_kwargs
     for spec, backbone, given in (("old", None, {}), ("old/model/model.safetensors", "resnet14t", kwargs)):
-        loaded, source = load_detector_teacher(str(tmp_path / spec), backbone, given, tiny())
+        student = tiny(backbone="convnext_atto", trainable_layers=0)  # which says nothing of the teacher's stages
+        loaded, source = load_detector_teacher(str(tmp_path / spec), backbone, given, student)
+        assert loaded.config.trainable_layers is None
         assert source.startswith(str(tmp_path / "old"))
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     for spec, backbone, message in (

@@ -1,6 +1,7 @@
 """train_det.py end to end on a handful of tiny canvases: both detectors, both arms, silence, faults, bad input."""
 
 import json
+import shutil
 import signal
 from unittest import mock
 
@@ -22,6 +23,7 @@ from PIL import Image
 import train_det
 from w2s.coco_eval import NUMBERS
 from w2s.detection import RetinaNet, load_detector
+from w2s.optim import build_optimizer, scaled_lr
 from w2s.options import InputError
 from w2s.run import NonFiniteLoss
 
@@ -152,13 +154,56 @@ def test_eval_only_prints_the_twelve_numbers_of_the_run(baseline, digits_det, tm
     assert (tmp_path / "again" / "predictions.png").is_file()
 
 
+def test_eval_only_without_a_name_writes_beside_the_model(baseline, digits_det, tmp_path):
+    shutil.copytree(baseline / "model", tmp_path / "some" / "model")
+    (tmp_path / "val").mkdir()
+    for part in ("val2017", "annotations"):  # it needs no training images
+        (tmp_path / "val" / part).symlink_to(digits_det / part)
+    call_script(
+        *(train_det.main, "--eval-only --check-images 0 --workers 0 --output", tmp_path / "out"),
+        *("--data", tmp_path / "val", "--initial-checkpoint", tmp_path / "some"),
+    )
+    assert (tmp_path / "some" / "detections.json").is_file() and (tmp_path / "some" / "predictions.png").is_file()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_leaves_nothing(digits_det, tmp_path, capfd):
     more = "--dry-run --lsj 64 --photometric --model-ema --grad-accum-steps 2 --clip-grad 1 --channels-last --data"
     call_script(train_det.main, DETECT, more, digits_det, "--output", tmp_path / "out")
     assert "done: AP50" in capfd.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("detector", "lr"), [("retinanet", 0.01), ("fasterrcnn", 0.02)])
+def test_the_defaults_are_torchvisions_reference(detector, lr):
+    args = train_det.build_parser().parse_recipe(["--detector", detector])
+    train_det.resolve(args)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    assert scaled_lr(args, 16) == lr and scaled_lr(args, 32) == 2 * lr
+    optimizer, scheduler = build_optimizer(train_det.reference_warmup(args, lr, 7000), model, lr, args.epochs, 7000)
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is torch.optim.SGD and len(group["params"]) == 4
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, False, 1e-4)
+    expected = {0: lr / 1000, 500: lr * 1.001 / 2, 1000: lr, 15 * 7000: lr, 16 * 7000: lr / 10, 25 * 7000: lr / 100}
+    for update, value in expected.items():
+        scheduler.step_update(update)
+        assert group["lr"] == pytest.approx(value, rel=1e-6)
+    short = train_det.reference_warmup(args, lr, 50)
+    assert short.warmup_epochs == 49 / 50, "the first epoch, but for its last update"
+    assert args.warmup_epochs is None and args.warmup_lr is None, "as args.yaml shall have them"
+
+
 # ---- faults ----
+
+
+def test_sigterm_saves_and_exits_75(digits_det, baseline, tmp_path):
+    parts = (DETECT, "--target AP50=1 90 --log-with tensorboard --name run --data", digits_det, "--output", tmp_path)
+    started = start_script("train_det", tmp_path / "log", *parts, "--recovery-interval 2")
+    assert started.wait_for((tmp_path / "run" / "checkpoints" / "update-00000004").exists), started.text
+    started.kill(signal.SIGTERM)
+    assert started.wait() == [75], started.text
+    assert read_summary(tmp_path / "run")["status"] == "preempted"
+    call_script(train_det.main, *parts, "--recovery-interval 2 --resume auto")
+    assert weights_of(tmp_path / "run") == weights_of(baseline)
 
 
 def test_killed_within_an_epoch_it_ends_in_the_same_bits(digits_det, teacher, treated, tmp_path):
@@ -212,6 +257,9 @@ def test_a_non_finite_loss_ends_the_run(digits_det, tmp_path):
         ("--data {data} --target AP50=120", "AP50 lies above 0 and up to 100"),
         ("--data {data} --batch-size 64", "fewer than one update of 64"),
         ("--data {data} --lsj 64 --scale-jitter 32 64", "exclude each other"),
+        ("--data {data} --hflip 2", r"--hflip 2: a probability lies in \[0, 1\]"),
+        ("--data {data} --anchor-scale 0", "--anchor-scale 0: no side in pixels on stride 8"),
+        ("--data {data} --detector-kwargs num_classes=7", "'num_classes' follows from the other options"),
         ("--data {data} --scale-jitter 64 32", "takes LOW and HIGH"),
         ("--data {data} --teacher nowhere", "--teacher nowhere: no such run folder or file"),
         ("--data {data} --teacher {teacher} --strides 4 8", r"does not line up: its strides: \[8, 16\]"),

@@ -130,7 +130,7 @@ class SizedBatches:
 
 def train_batches(dataset: DetectionSplit, args, accelerator, start: int, batches: int) -> Iterator:
     """Endless (images, targets), lists, of this process, from micro-batch `start` of the run on, `batches` an epoch."""
-    groups = [int(np.searchsorted(ASPECT_BINS, width / height)) for width, height in dataset.sizes]
+    groups = [int(np.searchsorted(ASPECT_BINS, width / height, side="right")) for width, height in dataset.sizes]
     sampler = GroupedBatches(
         *(groups if args.group_aspect else [0] * len(groups), args.batch_size, batches, args.seed),
         rank=accelerator.process_index,

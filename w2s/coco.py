@@ -41,20 +41,25 @@ class Annotated:
     read: Callable[[int], Image.Image]
 
     def truth(self, rows: Iterable[int]) -> dict:
-        """Ground truth of some images as COCO's tools take it."""
+        """Ground truth of some images as COCO's tools take it.
+
+        Annotations are numbered anew from 1: the evaluators take the id as the mark of a match, and 0 as none.
+        """
+        rows = list(rows)
+        annotations = [annotation for row in rows for annotation in self.annotations[row]]
         return {
             "info": {},
             "images": [self.images[row] for row in rows],
-            "annotations": [annotation for row in rows for annotation in self.annotations[row]],
+            "annotations": [{**annotation, "id": number} for number, annotation in enumerate(annotations, 1)],
             "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.names, strict=True)],
         }
 
 
 @dataclass
 class DetectionData:
-    """The three splits of a run; `switch` is None where nothing is held out."""
+    """The three splits of a run; `switch` is None where nothing is held out, `train` where it only evaluates."""
 
-    train: DetectionSplit
+    train: DetectionSplit | None
     switch: DetectionSplit | None
     report: DetectionSplit
     classes: list[str]
@@ -68,6 +73,10 @@ def load_detection(args, first_label: int) -> DetectionData:
         InputError: see the functions this one calls.
     """
     train, report = open_detection(args)
+    report_rows = list(range(len(report.images)))[: 4 * args.batch_size if args.dry_run else None]
+    if args.eval_only:
+        check_images(report, report_rows, args.check_images)
+        return DetectionData(None, None, DetectionSplit(report, report_rows, first_label), report.names)
     if report.category_ids != train.category_ids or report.names != train.names:
         different = [n for n in report.names if n not in train.names] or ["in another order"]
         raise InputError(f"the classes of the two splits differ: {different[0]}")
@@ -78,10 +87,9 @@ def load_detection(args, first_label: int) -> DetectionData:
     train_rows, switch_rows = split_training(train.labels, fraction, args.switch_seed)
     if not args.keep_empty:
         train_rows = [row for row in train_rows if len(train.boxes[row])]
-    report_rows = list(range(len(report.images)))
     if args.dry_run:
-        switch_rows, report_rows = (rows[: 4 * args.batch_size] for rows in (switch_rows, report_rows))
-    for part, rows in ((train, [] if args.eval_only else train_rows + switch_rows), (report, report_rows)):
+        switch_rows = switch_rows[: 4 * args.batch_size]
+    for part, rows in ((train, train_rows + switch_rows), (report, report_rows)):
         check_images(part, rows, args.check_images)
     boxes = sum(len(train.boxes[row]) for row in train_rows)
     return DetectionData(
@@ -93,19 +101,20 @@ def load_detection(args, first_label: int) -> DetectionData:
     )
 
 
-def open_detection(args) -> tuple[Annotated, Annotated]:
-    """The training and the reporting split, checked.
+def open_detection(args) -> tuple[Annotated | None, Annotated]:
+    """The training and the reporting split, checked; --eval-only needs no training images, and gets None for them.
 
     Raises:
         InputError: nothing there, or annotations that cannot be trained on.
     """
     explicit = [args.train_images, args.train_json, args.val_images, args.val_json]
+    wanted = ("val",) if args.eval_only else ("train", "val")
     if args.data and any(explicit):
         raise InputError("--data and --train-images/--train-json/--val-images/--val-json exclude each other")
     if str(args.data).startswith("hfds/"):
         from w2s.coco_hf import open_hf
 
-        return tuple(open_hf(args, split) for split in (args.train_split, args.val_split))
+        return open_hf(args)
     if args.data:
         folder = Path(args.data)
         if args.data == "digits_det":
@@ -115,17 +124,17 @@ def open_detection(args) -> tuple[Annotated, Annotated]:
                     write_digits(folder)
         if not folder.is_dir():
             raise InputError(f"--data {folder}: no such folder; digits_det and hfds/NAME_OR_FOLDER are no folders")
-        names = {part: sorted(folder.glob(f"annotations/instances_{part}*.json")) for part in ("train", "val")}
+        names = {part: sorted(folder.glob(f"annotations/instances_{part}*.json")) for part in wanted}
         for part, found in names.items():
             if len(found) != 1:
                 raise InputError(f"{folder}/annotations has {len(found) or 'no'} instances_{part}*.json: name them all")
         explicit = []
         for found in names.values():
             explicit += [folder / found[0].stem.removeprefix("instances_"), found[0]]
-    elif not all(explicit):
+    elif not all(explicit[-2 * len(wanted) :]):
         raise InputError("no data: --data FOLDER, or all of --train-images, --train-json, --val-images and --val-json")
-    train = read_coco(Path(explicit[0]), Path(explicit[1]), args.fix_boxes)
-    return train, read_coco(Path(explicit[2]), Path(explicit[3]), args.fix_boxes)
+    train = None if args.eval_only else read_coco(Path(explicit[0]), Path(explicit[1]), args.fix_boxes)
+    return train, read_coco(Path(explicit[-2]), Path(explicit[-1]), args.fix_boxes)
 
 
 def read_coco(folder: Path, annotations: Path, fix: bool) -> Annotated:
@@ -170,8 +179,8 @@ def annotate(truth: dict, where: str, fix: bool, read: Callable[[int], Image.Ima
         read: row -> RGB image.
 
     Raises:
-        InputError: keys missing, ids twice, unknown images or categories, boxes that are none, and unless `fix`,
-            boxes without area or outside their image.
+        InputError: keys missing, sizes that are none, ids twice, unknown images or categories, boxes that are none,
+            and unless `fix`, boxes without area or outside their image.
     """
     try:
         images, categories = truth["images"], sorted(truth["categories"], key=lambda c: c["id"])
@@ -184,6 +193,9 @@ def annotate(truth: dict, where: str, fix: bool, read: Callable[[int], Image.Ima
         raise InputError(f"{where} is not in COCO's format: {type(error).__name__}: {error}") from None
     if not images or not categories:
         raise InputError(f"{where} has no {'categories' if images else 'images'}")
+    for image, size in zip(images, sizes, strict=True):
+        if not all(isinstance(side, int | float) and side > 0 for side in size):
+            raise InputError(f"{where}: image {image['id']!r} has no width and height in pixels, but {size}")
     for kind, keys in zip(("image", "annotation", "category"), ids, strict=True):
         if len(set(keys)) != len(keys):
             raise InputError(f"{where}: {kind} id {Counter(keys).most_common(1)[0][0]!r} is there twice")
@@ -195,9 +207,12 @@ def annotate(truth: dict, where: str, fix: bool, read: Callable[[int], Image.Ima
             what = "image_id" if row is None else "category_id"
             raise InputError(f"{where}: annotation {annotation['id']} has unknown {what} {annotation.get(what)!r}")
         x, y, width, height = box = _four_numbers(annotation, where)
-        crowd = int(annotation.get("iscrowd", 0))
+        crowd, area = annotation.get("iscrowd") or 0, annotation.get("area")
+        area = width * height if area is None else area
+        if crowd not in (0, 1) or not isinstance(area, int | float):
+            raise InputError(f"{where}: annotation {annotation['id']} has iscrowd {crowd!r} and area {area!r}")
         fields = {k: annotation[k] for k in ("id", "image_id", "category_id", "bbox")}
-        result.annotations[row].append({**fields, "area": annotation.get("area", width * height), "iscrowd": crowd})
+        result.annotations[row].append({**fields, "area": area, "iscrowd": int(crowd)})
         if crowd:
             continue
         right, bottom = sizes[row]

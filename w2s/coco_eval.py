@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from w2s.boxes import DetectionSplit
+from w2s.crossing import replacing
 from w2s.options import InputError
 
 NUMBERS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -75,7 +76,8 @@ def shared_numbers(found: list[np.ndarray], split: DetectionSplit, accelerator) 
 def write_detections(path: Path, found: list[np.ndarray], split: DetectionSplit) -> None:
     """detections.json, as COCO's tools and servers take it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(coco_results(found, split)))
+    with replacing(path) as file:
+        json.dump(coco_results(found, split), file)
 
 
 def draw_predictions(
@@ -93,7 +95,9 @@ def draw_predictions(
         texts = [f"{names[int(label) - split.first_label]} {score:.2f}" for score, label in seen[:, 4:].tolist()]
         rows[1].append(_drawn(pixels, torch.from_numpy(seen[:, :4]), texts, "orange"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(make_grid(rows[0] + rows[1], nrow=len(rows[0]))).save(path)
+    beside = path.with_name(f"{path.name}.partial")
+    to_pil_image(make_grid(rows[0] + rows[1], nrow=len(rows[0]))).save(beside, format="PNG")
+    beside.replace(path)
 
 
 def _drawn(pixels: torch.Tensor, boxes: torch.Tensor, labels: list[str], colour: str) -> torch.Tensor:

@@ -1,17 +1,45 @@
 """Hugging Face detection sets (an image column and an `objects` column with boxes) in COCO's terms."""
 
+from dataclasses import dataclass
+
 from w2s.coco import Annotated, annotate
 from w2s.options import InputError
 
 CATEGORY_KEYS = ("category", "categories", "category_id", "label", "labels")
 
 
-def open_hf(args, split: str) -> Annotated:
-    """A split of `--data hfds/NAME_OR_FOLDER`.
+@dataclass
+class _Part:
+    """A split as it was opened: one entry of lists an image, and under which key its categories are."""
+
+    dataset: "datasets.Dataset"  # noqa: F821
+    where: str
+    entries: list[dict[str, list]]
+    category: str
+    names: list[str] | None  # of a ClassLabel
+
+
+def open_hf(args) -> tuple[Annotated, Annotated]:
+    """The training and the reporting split of `--data hfds/NAME_OR_FOLDER`.
 
     Raises:
-        InputError: it cannot be opened, columns are missing, or its annotations are refused by `annotate`.
+        InputError: one cannot be opened, columns are missing, or its annotations are refused by `annotate`.
     """
+    parts = [_open(args, split) for split in (args.train_split, args.val_split)]
+    # classes without a ClassLabel are those that either split uses
+    used = {label for part in parts for entry in part.entries for label in entry[part.category]}
+    if all(isinstance(label, str) for label in used):
+        names = sorted(used)
+    elif all(isinstance(label, int) and label >= 0 for label in used):
+        names = [str(label) for label in range(max(used) + 1)]
+    else:
+        names = []
+    if not names and any(part.names is None for part in parts):
+        raise InputError(f"{parts[0].where}: '{parts[0].category}' has to hold strings, or numbers from 0")
+    return tuple(_annotated(part, part.names or names, args) for part in parts)
+
+
+def _open(args, split: str) -> _Part:
     import datasets
 
     name = args.data.partition("/")[2]
@@ -30,21 +58,30 @@ def open_hf(args, split: str) -> Annotated:
     category = next((key for key in CATEGORY_KEYS if key in keys), None)
     if "bbox" not in keys or category is None:
         raise InputError(f"{where}: '{objects_key}' has {sorted(keys)}, not bbox and one of {', '.join(CATEGORY_KEYS)}")
-    names = _class_names(dataset.features[objects_key], category)
-    if names is None:
-        used = {value for entry in entries for value in entry.get(category, [])}
-        names = [str(k) for k in range(max(used, default=-1) + 1)]
-    truth = {"images": _images(dataset, image_key), "annotations": []}
+    for row, entry in enumerate(entries):
+        entry["bbox"], entry[category] = entry.get("bbox") or [], entry.get(category) or []
+        boxes = len(entry["bbox"])
+        entry["iscrowd"] = entry.get("iscrowd") or entry.get("is_crowd") or [0] * boxes
+        entry["area"] = entry.get("area") or [None] * boxes
+        for key in (category, "iscrowd", "area"):
+            if len(entry[key]) != boxes:
+                raise InputError(f"{where}: row {row} has {boxes} boxes, but {len(entry[key])} under '{key}'")
+    return _Part(dataset, where, entries, category, _class_names(dataset.features[objects_key], category))
+
+
+def _annotated(part: _Part, names: list[str], args) -> Annotated:
+    image_key = args.input_key or "image"
+    truth = {"images": _images(part.dataset, image_key), "annotations": []}
     truth["categories"] = [{"id": label, "name": name} for label, name in enumerate(names)]
-    for image, entry in zip(truth["images"], entries, strict=True):
-        crowds = entry.get("iscrowd") or entry.get("is_crowd") or [0] * len(entry.get("bbox", []))
-        for box, label, crowd in zip(entry.get("bbox", []), entry.get(category, []), crowds, strict=True):
-            if args.bbox_format == "xyxy":
+    for image, entry in zip(truth["images"], part.entries, strict=True):
+        columns = (entry["bbox"], entry[part.category], entry["iscrowd"], entry["area"])
+        for box, label, crowd, area in zip(*columns, strict=True):
+            if args.bbox_format == "xyxy" and box and len(box) == 4 and None not in box:
                 box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-            number = len(truth["annotations"]) + 1
-            truth["annotations"].append({"id": number, "image_id": image["id"], "category_id": label, "bbox": box})
-            truth["annotations"][-1]["iscrowd"] = int(crowd)
-    return annotate(truth, where, args.fix_boxes, lambda row: dataset[row][image_key].convert("RGB"))
+            number, label = len(truth["annotations"]) + 1, names.index(label) if isinstance(label, str) else label
+            annotation = {"id": number, "image_id": image["id"], "category_id": label, "bbox": box}
+            truth["annotations"].append(annotation | {"iscrowd": crowd, "area": area})
+    return annotate(truth, part.where, args.fix_boxes, lambda row: part.dataset[row][image_key].convert("RGB"))
 
 
 def _images(dataset, image_key: str) -> list[dict]:
@@ -61,7 +98,7 @@ def _images(dataset, image_key: str) -> list[dict]:
 def _by_key(objects: dict | list[dict]) -> dict[str, list]:
     """A list of objects as lists of their properties."""
     if isinstance(objects, dict):
-        return objects
+        return dict(objects)
     return {key: [entry[key] for entry in objects] for key in (objects[0] if objects else ())}
 
 

@@ -29,6 +29,8 @@ from w2s.options import InputError
 
 # strides of the backbone's levels, levels above them, anchor side over stride: as torchvision builds them
 DEFAULTS = {"retinanet": ([8, 16, 32], 2, 4.0), "fasterrcnn": ([4, 8, 16, 32], 1, 8.0)}
+OWN = ("backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "anchor_generator", "head")
+OWN += ("rpn_anchor_generator", "rpn_head", "box_roi_pool", "box_head", "box_predictor")  # of a detector's arguments
 TERMS = {"retinanet": ("cls", "box"), "fasterrcnn": ("rpn_cls", "rpn_box", "roi_cls", "roi_box")}
 
 
@@ -59,7 +61,9 @@ class DetectorConfig:
         strides, extra, scale = DEFAULTS[self.detector]
         self.strides = sorted(self.strides or strides)
         self.extra_levels = extra if self.extra_levels is None else self.extra_levels
-        self.anchor_scale = self.anchor_scale or scale
+        self.anchor_scale = scale if self.anchor_scale is None else self.anchor_scale
+        if not 1 <= self.anchor_scale * self.strides[0] < 2**16:
+            raise InputError(f"--anchor-scale {self.anchor_scale:g}: no side in pixels on stride {self.strides[0]}")
         if self.extra_levels not in (0, 1, 2):
             raise InputError(f"--extra-levels {self.extra_levels}: 0, 1 (pooled) or 2 (convolutions)")
         if self.norm not in NORMS:
@@ -184,6 +188,8 @@ def build_detector(config: DetectorConfig, pretrained: bool = False) -> RetinaNe
     known = inspect.signature(kind.__bases__[-1]).parameters  # torchvision itself lets unknown ones pass
     if unknown := [name for name in config.detector_kwargs if name not in known or name == "kwargs"]:
         raise InputError(f"--detector-kwargs: torchvision's {config.detector} has no '{unknown[0]}'")
+    if own := [name for name in config.detector_kwargs if name in OWN]:
+        raise InputError(f"--detector-kwargs: '{own[0]}' follows from the other options, as --min-size and --data")
     if config.detector == "retinanet":
         norm = group_norm if config.norm == "gn" else None
         head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], classes, norm_layer=norm)

@@ -80,6 +80,8 @@ class DetectorTeacher(Teacher):
     ) -> None:
         check_lined_up(student.config, model.config, source)
         super().__init__(model, f"{model.config.detector}_{model.config.backbone}", source, accelerator, channels_last)
+        # it is scored as the student is, on images of the student's size, as it sees them in training
+        model.transform.min_size, model.transform.max_size = student.transform.min_size, student.transform.max_size
         # one affine map from the student's normalisation to the teacher's
         mean, std, own_mean, own_std = (
             torch.tensor(values, device=accelerator.device).view(-1, 1, 1)
@@ -117,7 +119,9 @@ def load_detector_teacher(
     if path.suffix in WEIGHT_FILES and not path.is_dir():
         if not backbone:
             raise InputError(f"--teacher {spec} is a weights file: name its timm backbone with --teacher-model")
-        model = build_detector(replace(student, backbone=backbone, model_kwargs=model_kwargs))
+        # the stages to train are the student's, of its backbone
+        config = replace(student, backbone=backbone, model_kwargs=model_kwargs, trainable_layers=None)
+        model = build_detector(config)
         load_weights(model, path)
         return model, spec
     if backbone or model_kwargs:
@@ -132,7 +136,7 @@ def check_lined_up(student: DetectorConfig, teacher: DetectorConfig, source: str
     """Refuse a teacher whose heads do not speak of the same anchors and classes as the student's.
 
     Raises:
-        InputError: another detector, other classes, or other anchors.
+        InputError: another detector, other classes, other anchors, or box deltas of another scale.
     """
     for what, ours, theirs in (
         ("detector", student.detector, teacher.detector),
@@ -140,9 +144,15 @@ def check_lined_up(student: DetectorConfig, teacher: DetectorConfig, source: str
         ("strides", student.strides, teacher.strides),
         ("number of extra levels", student.extra_levels, teacher.extra_levels),
         ("anchor sides", student.anchors(), teacher.anchors()),
+        ("weights of box deltas", _delta_weights(student), _delta_weights(teacher)),
     ):
         if ours != theirs:
             raise InputError(f"teacher {source} does not line up: its {what}: {theirs}, the student's: {ours}")
     for ours, theirs in zip(student.classes, teacher.classes, strict=True):
         if ours != theirs:
             raise InputError(f"teacher {source} does not line up: its class '{theirs}' is '{ours}' in the data")
+
+
+def _delta_weights(config: DetectorConfig) -> tuple[float, ...]:
+    """By which Faster R-CNN's RoI head multiplies its deltas; torchvision's default for None."""
+    return tuple(config.detector_kwargs.get("bbox_reg_weights") or (10.0, 10.0, 5.0, 5.0))

@@ -176,7 +176,7 @@ def add_kd_options(parser: Parser, unit: str = "epochs") -> None:
 def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     """timm's optimiser and schedule options, under timm's names. The schedule runs on updates."""
     group = parser.add_argument_group("optimiser and schedule (timm)")
-    group.add_argument("--opt", default="sgd", metavar="NAME", help="any timm optimiser (default: sgd)")
+    group.add_argument("--opt", default="sgd", metavar="NAME", help="any timm optimiser (default: %(default)s)")
     group.add_argument("--opt-eps", type=float)
     group.add_argument("--opt-betas", type=float, nargs="+")
     group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")

@@ -93,7 +93,7 @@ class Run:
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.benchmark = task != "det"  # whose shapes change from batch to batch
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
         self.checkpoint, self.state = None, None  # to continue from

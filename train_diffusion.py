@@ -56,7 +56,16 @@ from w2s.options import (
 from w2s.order import mix_seed
 from w2s.pixels import PixelData, load_pixels, save_grid
 from w2s.run import Run, call_main
-from w2s.sampling import BETAS, PREDICTIONS, SAMPLERS, denoising_loss, draw_noise, generate, noise_schedule
+from w2s.sampling import (
+    BETAS,
+    PREDICTIONS,
+    SAMPLERS,
+    as_epsilon,
+    denoising_loss,
+    draw_noise,
+    generate,
+    noise_schedule,
+)
 from w2s.teacher import Teacher, score_teacher
 from w2s.trackers import log_picture
 from w2s.training import Job, count_flops, wide
@@ -123,8 +132,11 @@ def build_parser() -> Parser:
     group.add_argument("--fd-features", metavar="RUN", help="a run of train_cls.py for features, not Inception")
     group.add_argument("--fid-weights", metavar="FILE", help="torch-fidelity's Inception weights (default: downloaded)")
     group.add_argument("--fd-cache", metavar="DIR", help="statistics of the real images (default: OUTPUT/fd-cache)")
-    group.add_argument("--sampler", choices=SAMPLERS, default="ddim")
-    group.add_argument("--sample-steps", type=positive_int, metavar="N", help="default: ddim 50, ddpm all")
+    group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="ddpm takes as many forwards as steps")
+    group.add_argument(
+        "--sample-steps", type=positive_int, metavar="N",
+        help="of --diffusion-steps; default: ddim 50 or the next fewer that divide them, ddpm all (then slow)",
+    )  # fmt: skip
     group.add_argument("--sample-seed", type=natural_int, default=0, help="of the noise; the same in all arms (0)")
     group.add_argument("--validation-batch-size", type=positive_int, default=256, metavar="N", help="per process (256)")
 
@@ -141,11 +153,20 @@ def resolve(args) -> None:
             setattr(args, option, value)
     args.name = args.name or f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
     args.fd_cache = args.fd_cache or str(Path(args.output) / "fd-cache")
-    args.sample_steps = args.sample_steps or (50 if args.sampler == "ddim" else args.diffusion_steps)
+    steps = args.diffusion_steps
+    even = max(n for n in range(1, min(args.sample_steps or 50, steps) + 1) if steps % n == 0)
+    args.sample_steps = args.sample_steps or (even if args.sampler == "ddim" else steps)
     if args.fd_samples < 2:
         raise InputError(f"--fd-samples {args.fd_samples}: a Frechet distance needs at least two images")
-    if args.sample_steps > args.diffusion_steps:
-        raise InputError(f"--sample-steps {args.sample_steps} exceeds --diffusion-steps {args.diffusion_steps}")
+    if args.sample_steps > steps:
+        raise InputError(f"--sample-steps {args.sample_steps} exceeds --diffusion-steps {steps}")
+    if args.sampler == "ddim" and steps % args.sample_steps:
+        raise InputError(
+            f"--sample-steps {args.sample_steps}: ddim's steps are all alike, so they must divide --diffusion-steps "
+            f"{steps}; {even} do"
+        )
+    if args.min_snr == 0:
+        raise InputError("--min-snr 0 would weigh every loss by 0; give more, e.g. 5, or leave it out")
     if set(args.kd_temperature) != {1.0}:
         raise InputError("--kd-temperature: the term on epsilon has no temperature; leave it at 1")
     if args.teacher_model or args.teacher_kwargs:
@@ -194,7 +215,8 @@ def train(job: Job, stop: int, batches: Iterator, process: DDPMScheduler) -> Non
                 kd_loss = task_loss.new_zeros(())
                 loss = task_loss
                 if job.kd_weight > 0:  # L = L_task + lambda(u) L_kd, teacher and student at the same x_t and t
-                    kd_loss = mse_epsilon(prediction, job.teacher(x_t, t, labels))
+                    pair = prediction, job.teacher(x_t, t, labels)
+                    kd_loss = mse_epsilon(*(as_epsilon(process, output, x_t, t) for output in pair))
                     loss = task_loss + job.kd_weight * kd_loss
                 job.run.accelerator.backward(loss / accum)
             losses += torch.stack([loss, task_loss, kd_loss]).detach() / accum

@@ -300,6 +300,17 @@ def test_loss_that_is_not_finite_ends_the_run(run, tmp_path):
     assert read_summary(tmp_path / "run")["status"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [("", 50), ("--diffusion-steps 4000", 50), ("--diffusion-steps 40", 40), ("--diffusion-steps 120", 40),
+     ("--sampler ddpm --diffusion-steps 120", 120), ("--sampler ddpm --sample-steps 30", 30)],
+)  # fmt: skip
+def test_default_sample_steps_divide_the_process(options, steps):
+    args = train_diffusion.build_parser().parse_recipe(options.split())
+    train_diffusion.resolve(args)
+    assert args.sample_steps == steps
+
+
 # ---- bad input ----
 
 
@@ -312,6 +323,8 @@ def test_loss_that_is_not_finite_ends_the_run(run, tmp_path):
         ("--betas quadratic", "--betas"),
         ("--diffusion-steps 10", "too few"),
         ("--sample-steps 2000", "exceeds --diffusion-steps"),
+        ("--sample-steps 30", "must divide --diffusion-steps 1000; 25 do"),
+        ("--min-snr 0", "--min-snr 0"),
         ("--kd-temperature 6 1", "no temperature"),
         ("--fid-weights x.pth", "give one"),
         ("--fd-samples 1", r"--fd-samples 1: .* two images"),

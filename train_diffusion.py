@@ -24,6 +24,7 @@ from diffusers import DDPMScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from w2s.checkpoint import check_writable
 from w2s.crossing import RunRecord
 from w2s.diffusion import build_denoiser, check_same, export, load_denoiser
 from w2s.frechet import (
@@ -54,9 +55,18 @@ from w2s.options import (
     share,
 )
 from w2s.order import mix_seed
-from w2s.pixels import PixelData, load_pixels, save_grid
+from w2s.pixels import PixelData, Reference, load_pixels, save_grid
 from w2s.run import Run, call_main
-from w2s.sampling import BETAS, PREDICTIONS, SAMPLERS, denoising_loss, draw_noise, generate, noise_schedule
+from w2s.sampling import (
+    BETAS,
+    PREDICTIONS,
+    SAMPLERS,
+    as_epsilon,
+    denoising_loss,
+    draw_noise,
+    generate,
+    noise_schedule,
+)
 from w2s.teacher import Teacher, score_teacher
 from w2s.trackers import log_picture
 from w2s.training import Job, count_flops, wide
@@ -103,8 +113,11 @@ def build_parser() -> Parser:
     group.add_argument("--prediction", choices=PREDICTIONS, default="epsilon")
     group.add_argument("--min-snr", type=not_negative, metavar="GAMMA", help="min-SNR weighting of the loss, e.g. 5")
     add_switch(group, "--model-ema", "evaluate, compare and export the moving average of the weights (on)")
-    group.add_argument("--model-ema-decay", type=share, default=0.9999)
-    add_switch(group, "--model-ema-warmup", "a smaller decay at first (on)")
+    group.add_argument("--model-ema-decay", type=share, default=0.999, metavar="D", help="(0.999)")
+    add_switch(
+        group, "--model-ema-warmup",
+        "at most 1 - n^(-2/3) after n updates (on): 0.99 from 1,000 updates on, 0.999 from 31,600, 0.9999 from 1 M",
+    )  # fmt: skip
     add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
 
@@ -123,8 +136,11 @@ def build_parser() -> Parser:
     group.add_argument("--fd-features", metavar="RUN", help="a run of train_cls.py for features, not Inception")
     group.add_argument("--fid-weights", metavar="FILE", help="torch-fidelity's Inception weights (default: downloaded)")
     group.add_argument("--fd-cache", metavar="DIR", help="statistics of the real images (default: OUTPUT/fd-cache)")
-    group.add_argument("--sampler", choices=SAMPLERS, default="ddim")
-    group.add_argument("--sample-steps", type=positive_int, metavar="N", help="default: ddim 50, ddpm all")
+    group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="ddpm takes as many forwards as steps")
+    group.add_argument(
+        "--sample-steps", type=positive_int, metavar="N",
+        help="of --diffusion-steps; default: ddim 50 or the next fewer that divide them, ddpm all (then slow)",
+    )  # fmt: skip
     group.add_argument("--sample-seed", type=natural_int, default=0, help="of the noise; the same in all arms (0)")
     group.add_argument("--validation-batch-size", type=positive_int, default=256, metavar="N", help="per process (256)")
 
@@ -141,11 +157,20 @@ def resolve(args) -> None:
             setattr(args, option, value)
     args.name = args.name or f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
     args.fd_cache = args.fd_cache or str(Path(args.output) / "fd-cache")
-    args.sample_steps = args.sample_steps or (50 if args.sampler == "ddim" else args.diffusion_steps)
+    steps = args.diffusion_steps
+    even = max(n for n in range(1, min(args.sample_steps or 50, steps) + 1) if steps % n == 0)
+    args.sample_steps = args.sample_steps or (even if args.sampler == "ddim" else steps)
     if args.fd_samples < 2:
         raise InputError(f"--fd-samples {args.fd_samples}: a Frechet distance needs at least two images")
-    if args.sample_steps > args.diffusion_steps:
-        raise InputError(f"--sample-steps {args.sample_steps} exceeds --diffusion-steps {args.diffusion_steps}")
+    if args.sample_steps > steps:
+        raise InputError(f"--sample-steps {args.sample_steps} exceeds --diffusion-steps {steps}")
+    if args.sampler == "ddim" and steps % args.sample_steps:
+        raise InputError(
+            f"--sample-steps {args.sample_steps}: ddim's steps are all alike, so they must divide --diffusion-steps "
+            f"{steps}; {even} do"
+        )
+    if args.min_snr == 0:
+        raise InputError("--min-snr 0 would weigh every loss by 0; give more, e.g. 5, or leave it out")
     if set(args.kd_temperature) != {1.0}:
         raise InputError("--kd-temperature: the term on epsilon has no temperature; leave it at 1")
     if args.teacher_model or args.teacher_kwargs:
@@ -155,7 +180,7 @@ def resolve(args) -> None:
             f"--torchcompile {args.torchcompile}: torch has {', '.join(torch._dynamo.list_backends(None))}"
         )
     if args.dry_run:
-        args.fd_samples, args.sample_steps = min(args.fd_samples, 8), min(args.sample_steps, 2)
+        args.sample_steps = min(args.sample_steps, 2)
 
 
 def build_student(args, num_classes: int, process: DDPMScheduler) -> nn.Module:
@@ -194,7 +219,8 @@ def train(job: Job, stop: int, batches: Iterator, process: DDPMScheduler) -> Non
                 kd_loss = task_loss.new_zeros(())
                 loss = task_loss
                 if job.kd_weight > 0:  # L = L_task + lambda(u) L_kd, teacher and student at the same x_t and t
-                    kd_loss = mse_epsilon(prediction, job.teacher(x_t, t, labels))
+                    pair = prediction, job.teacher(x_t, t, labels)
+                    kd_loss = mse_epsilon(*(as_epsilon(process, output, x_t, t) for output in pair))
                     loss = task_loss + job.kd_weight * kd_loss
                 job.run.accelerator.backward(loss / accum)
             losses += torch.stack([loss, task_loss, kd_loss]).detach() / accum
@@ -202,33 +228,43 @@ def train(job: Job, stop: int, batches: Iterator, process: DDPMScheduler) -> Non
 
 
 class Judge:
-    """Samples from a denoiser and measures their distance from real images, the same way for everyone."""
+    """Samples from a denoiser and measures their distance from real images, the same way for everyone.
+
+    The statistics of the real images take long and are made by `measure_references`, once all input is checked.
+    """
 
     def __init__(self, args, run: Run, data: PixelData, process: DDPMScheduler) -> None:
-        self.args, self.accelerator, self.process = args, run.accelerator, process
+        self.args, self.accelerator, self.process, self.data = args, run.accelerator, process, data
+        self.folder = None if args.dry_run else Path(args.fd_cache)
+        if self.folder:
+            check_writable(self.folder, "--fd-cache")
+        self.count = min(args.fd_samples, 8) if args.dry_run else args.fd_samples
         self.classes = data.num_classes if args.class_cond else None
         self.features = load_features(args.fd_features, args.fid_weights, args.in_chans).to(run.device)
         self.labels = metric_labels(self.features, args.fd_samples)
-        folder = Path(args.fd_cache) if run.keeps else None
-        self.report, self.switch = (
-            cached_statistics(
-                folder,
-                {**reference.key, "features": self.features.digest},
-                lambda reference=reference: self._statistics(reference, len(reference)),
-                run.accelerator,
-            )
-            for reference in (data.report, data.switch)
-        )
+        if run.state and (there := features_of(run.checkpoint)) not in (None, self.features.digest):
+            raise InputError(f"the run was judged on features {there}, these are {self.features.digest}: keep to those")
+
+    def measure_references(self, switch: bool) -> None:
+        """The statistics of the images to compare with; of those for the switch-off only where asked for."""
+        self.report = self._reference(self.data.report)
+        if switch:
+            same = self.data.switch.key == self.data.report.key
+            self.switch = self.report if same else self._reference(self.data.switch)
+
+    def _reference(self, images: Reference) -> Statistics:
+        key = {**images.key, "features": self.features.digest}
+        return cached_statistics(self.folder, key, lambda: self._statistics(images, len(images)), self.accelerator)
 
     def _statistics(self, images, count: int) -> Statistics:
         features = extract(self.features, images, count, self.accelerator, self.args.validation_batch_size)
         return Statistics.of(features, self.accelerator.device)
 
     def samples(self, model: nn.Module, stream: int) -> Tensor | None:
-        """--fd-samples images; the noise of a stream is the same at every evaluation and in all arms."""
+        """--fd-samples images (8 in a dry run); a stream's noise is the same at every evaluation and in all arms."""
         args = self.args
         return generate(
-            *(model, self.process, args.fd_samples, mix_seed(args.sample_seed, stream), self.accelerator),
+            *(model, self.process, self.count, mix_seed(args.sample_seed, stream), self.accelerator),
             *((args.in_chans, args.img_size, args.img_size), args.sampler, args.sample_steps),
             *(args.validation_batch_size, self.classes),
         )
@@ -253,6 +289,15 @@ class Judge:
             if self.accelerator.is_main_process:
                 values = values.new_tensor([measure(statistics, reference) for measure in measures])
         return broadcast(values.to(self.accelerator.device)).tolist()
+
+
+def features_of(checkpoint: Path) -> str | None:
+    """The digest of the features that judged the run of a checkpoint, None where it is not known."""
+    try:
+        summary = json.loads((checkpoint.resolve().parent.parent / "summary.json").read_text())
+        return summary["features"]["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def set_up_teacher(args, run: Run, student: nn.Module, process: DDPMScheduler) -> Teacher:
@@ -298,6 +343,7 @@ def main(argv: list[str] | None = None) -> None:
             model, others, folder = load_denoiser(str(run.folder))
             check_same(student, process, model, others, str(folder))
             student = model.to(run.device)
+        judge.measure_references(switch=False)
         metrics = judge.validate(student.eval())
         if run.is_main:
             print(json.dumps(metrics))
@@ -317,6 +363,8 @@ def main(argv: list[str] | None = None) -> None:
         phase.load_state_dict(run.state["phase"])
     if phase and phase.active:
         teacher = set_up_teacher(args, run, student, process)
+    judge.measure_references(switch=teacher is not None)
+    if teacher:
         teacher_facts = teacher_facts or score_teacher(
             *(teacher, run, metric),
             report=lambda: judge.validate(teacher)[metric],
@@ -329,6 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.channels_last:
         student = student.to(memory_format=torch.channels_last)
     ema = ModelEmaV3(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    if ema and (reached := ema.get_decay(args.updates)) < args.model_ema_decay:
+        run.log(f"the EMA's warm-up ends this run at a decay of {reached:.4g}, not --model-ema-decay")
     if args.torchcompile:
         student.compile(backend=args.torchcompile)
         if teacher:

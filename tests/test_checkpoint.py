@@ -21,7 +21,7 @@ from torch import nn
 from train_cls import build_parser, resolve
 from w2s.checkpoint import (
     Finished,
-    _check_writable,
+    check_writable,
     load_checkpoint,
     newest_state,
     plain,
@@ -383,27 +383,27 @@ def test_the_environment_is_told_where_git_is_not_installed(accelerator, monkeyp
 
 @pytest.mark.parametrize("folder", ["", "new", "new/deep/deeper"])
 def test_trying_to_write_leaves_nothing_behind(tmp_path, folder):
-    _check_writable(tmp_path / folder)
+    check_writable(tmp_path / folder)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_relative_folder_may_be_written_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _check_writable(Path("new/run"))
+    check_writable(Path("new/run"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with refused("cannot write", str(tmp_path / "file"), "--output"):
-        _check_writable(tmp_path / "file" / "run")
+        check_writable(tmp_path / "file" / "run")
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with refused("cannot write", str(tmp_path), "--output"):
-        _check_writable(tmp_path / "run")
+        check_writable(tmp_path / "run")
     tmp_path.chmod(0o700)
 
 

@@ -108,6 +108,9 @@ def test_vit_is_a_timm_backbone_with_its_own_options():
         ("vit_tiny_patch16", 32, {}, "unknown model"),
         ("vit_tiny_patch16_224", 8, {"patch_size": 3}, "do not cover"),
         ("vit_tiny_patch16_224", 8, {"img_size": 16, "patch_size": 2}, "not the image size"),
+        ("vit_tiny_patch16_224", 8, {"global_pool": "avg", "patch_size": 2}, "no global_pool"),
+        ("vit_tiny_patch16_224", 8, {"fc_norm": True, "patch_size": 2}, "no global_pool, fc_norm"),
+        ("vit_tiny_patch16_224", 8, {"patch_drop_rate": 0.5, "patch_size": 2}, "patch_drop_rate"),
     ],
 )
 def test_bad_names_and_options_are_named(name, size, kwargs, message):
@@ -144,6 +147,18 @@ def test_export_replaces_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     loaded = load_denoiser(str(tmp_path))[0]
     assert torch.equal(loaded.conv_in.weight, model.conv_in.weight)
+
+
+def test_sizes_and_channels_of_other_pipelines(tmp_path):
+    def plain(size, out: int) -> UNet2DModel:
+        blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
+        return UNet2DModel(size, 1, out, block_out_channels=(8,), layers_per_block=1, **blocks)
+
+    DDPMPipeline(plain((8, 8), 1), noise_schedule()).save_pretrained(tmp_path / "pair")
+    assert load_denoiser(str(tmp_path / "pair"))[0].facts == (8, 1, None)
+    DDPMPipeline(plain(8, 2), noise_schedule()).save_pretrained(tmp_path / "variance")
+    with pytest.raises(InputError, match="2 channels out for 1 in"):
+        load_denoiser(str(tmp_path / "variance"))
 
 
 def test_pipeline_of_diffusers_own_is_read(tmp_path):

@@ -127,6 +127,20 @@ def test_features_do_not_depend_on_processes_or_batches():
     assert torch.equal(whole, extract(features, lambda rows: images[rows.start : rows.stop], 23, process(), 5))
 
 
+def test_features_kept_for_kid_are_of_all_classes():
+    features = (torch.arange(20_000) % 10).float()[:, None]  # the class of a sample is its index modulo the classes
+    kept = Statistics.of(features).features
+    assert len(kept) == 10_000 and np.bincount(kept[:, 0].astype(int)).min() > 900
+    assert np.array_equal(kept, Statistics.of(features).features)
+    assert np.array_equal(Statistics.of(features[:10_000]).features, features[:10_000].numpy())
+
+
+def test_root_that_is_not_found_gives_nan():
+    one, other = (Statistics.of(gaussian(50, 4, seed)) for seed in (0, 1))
+    with mock.patch("numpy.linalg.eigh", side_effect=np.linalg.LinAlgError("Eigenvalues did not converge")):
+        assert np.isnan(frechet_distance(one, other))
+
+
 # ---- features ----
 
 

@@ -14,7 +14,7 @@ from w2s.diffusion import unet
 from w2s.losses import mse_epsilon
 from w2s.options import InputError
 from w2s.order import mix_seed
-from w2s.sampling import denoising_loss, draw_noise, generate, noise_schedule
+from w2s.sampling import SAMPLERS, as_epsilon, denoising_loss, draw_noise, generate, noise_schedule
 
 
 def process(rank: int = 0, world: int = 1) -> SimpleNamespace:
@@ -117,6 +117,18 @@ def test_term_is_the_gaussian_divergence_up_to_its_weight():
     assert torch.allclose(kl, weight * mse_epsilon(ours, theirs), rtol=1e-3)
 
 
+def test_term_is_on_epsilon_also_where_v_is_predicted():
+    scheduler, t = noise_schedule("cosine", 1000, "v"), torch.tensor([3, 500, 990])
+    images, noise, ours, theirs = torch.randn(4, 3, 1, 4, 4).unbind()
+    x_t = scheduler.add_noise(images, noise, t)
+    velocity = scheduler.get_velocity(images, noise, t)
+    assert torch.allclose(as_epsilon(scheduler, velocity, x_t, t), noise, atol=1e-5)
+    bar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    term = mse_epsilon(*(as_epsilon(scheduler, v, x_t, t) for v in (ours, theirs)))
+    assert torch.allclose(term, (bar * (ours - theirs) ** 2).mean(), rtol=1e-4)
+    assert as_epsilon(noise_schedule(), ours, x_t, t) is ours
+
+
 def test_term_refuses_other_shapes():
     with pytest.raises(ValueError, match="shape"):
         mse_epsilon(torch.zeros(2, 1, 8, 8), torch.zeros(2, 3, 8, 8))
@@ -173,6 +185,31 @@ def model_as_diffusers(model):
     plain = UNet2DModel.from_config(model.config).eval()
     plain.load_state_dict(model.state_dict())
     return plain
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize(("betas", "steps"), [("linear", 1000), ("cosine", 1000), ("cosine", 4000)])
+def test_small_error_of_a_denoiser_moves_the_samples_little(betas, steps, prediction):
+    """The exact denoiser of images whose brightness is N(0.1, 0.3^2) and whose pixels are N(brightness, 0.2^2), off by
+    1e-3 everywhere in what it predicts: the noise of 256 pixels says little of the brightness, so a small shift of x
+    at the first steps would be a great one of the image."""
+    scheduler = noise_schedule(betas, steps, prediction)
+
+    def mean(error: float) -> float:
+        def denoiser(x, t, labels):
+            a = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+            middle = x.mean((1, 2, 3), keepdim=True)
+            common = (middle - a.sqrt() * 0.1) / (a * (256 * 0.3**2 + 0.2**2) + 1 - a)
+            epsilon = (1 - a).sqrt() * (common + (x - middle) / (a * 0.2**2 + 1 - a))
+            return error + (epsilon if prediction == "epsilon" else (epsilon - (1 - a).sqrt() * x) / a.sqrt())
+
+        return generate(denoiser, scheduler, 32, 0, process(), (1, 16, 16)).float().mean().item() / 127.5 - 1
+
+    assert SAMPLERS["ddim"].from_config(scheduler.config).config.num_train_timesteps == steps
+
+    exact = mean(0.0)
+    assert exact == pytest.approx(0.1, abs=0.2)  # four standard errors
+    assert mean(1e-3) == pytest.approx(exact, abs=0.05)
 
 
 def test_class_of_a_sample_is_its_index_modulo_the_classes():

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import shutil
 import signal
 from pathlib import Path
 from unittest import mock
@@ -288,10 +289,10 @@ def test_vit_student_with_classes_on_uncached_enlarged_images(run, tmp_path):
 
 
 def test_dry_run_leaves_nothing(run, teacher, tmp_path, capfd):
-    run(tmp_path, "dry", PHASE, "--dry-run --fd-samples 1000 --teacher", teacher)
+    run(tmp_path, "dry", PHASE, "--dry-run --fd-samples 1000 --target fd1k_digits-resnet10t=5 --teacher", teacher)
     assert not list(tmp_path.iterdir())
     said = capfd.readouterr().err
-    assert "3 updates" in said and "done: fd8_digits-resnet10t" in said and "nothing kept" in said
+    assert "3 updates" in said and "done: fd1k_digits-resnet10t" in said and "nothing kept" in said
 
 
 def test_loss_that_is_not_finite_ends_the_run(run, tmp_path):
@@ -300,7 +301,59 @@ def test_loss_that_is_not_finite_ends_the_run(run, tmp_path):
     assert read_summary(tmp_path / "run")["status"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [("", 50), ("--diffusion-steps 4000", 50), ("--diffusion-steps 40", 40), ("--diffusion-steps 120", 40),
+     ("--sampler ddpm --diffusion-steps 120", 120), ("--sampler ddpm --sample-steps 30", 30)],
+)  # fmt: skip
+def test_default_sample_steps_divide_the_process(options, steps):
+    args = train_diffusion.build_parser().parse_recipe(options.split())
+    train_diffusion.resolve(args)
+    assert args.sample_steps == steps
+
+
 # ---- bad input ----
+
+
+@pytest.fixture
+def unmeasured():
+    """No statistics of real images while it lasts."""
+    return mock.patch("train_diffusion.cached_statistics", side_effect=AssertionError("the references are measured"))
+
+
+def test_cache_that_cannot_be_written_is_refused(tiny_teacher, unmeasured, tmp_path):
+    (tmp_path / "file").touch()
+    options = ["--fd-features", tiny_teacher, "--fd-cache", tmp_path / "file" / "cache", "--output", tmp_path]
+    with unmeasured, pytest.raises(InputError, match="choose another --fd-cache"):
+        call_script(train_diffusion.main, SMALL, UNET, "--name run", options)
+
+
+def test_resume_keeps_to_the_features(baseline, run, tmp_path):
+    shutil.copytree(baseline[0], tmp_path / "run")
+    summary = read_summary(baseline[0])
+    for digest, status in ((summary["features"]["digest"], None), ("abc", "judged on features abc")):
+        text = json.dumps({**summary, "status": "preempted", "features": {**summary["features"], "digest": digest}})
+        (tmp_path / "run" / "summary.json").write_text(text)
+        with pytest.raises(InputError, match=status) if status else contextlib.nullcontext():
+            run(tmp_path, "run", "--target 1e9 1e-9 --resume auto")
+
+
+def test_teacher_whose_samples_are_not_finite_is_refused(run, teacher, tmp_path):
+    broken, process, _ = load_denoiser(str(teacher))
+    torch.nn.init.constant_(broken.head.bias, torch.nan)
+    train_diffusion.export(broken, process, tmp_path / "broken")
+    with pytest.raises(InputError, match=r"broken scores .* nan"):
+        run(tmp_path, "run", PHASE, "--teacher", tmp_path / "broken")
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_what_is_compared_with_is_measured(tiny_teacher, tmp_path):
+    with mock.patch("train_diffusion.extract", wraps=train_diffusion.extract) as extract:
+        options = ["--fd-features", tiny_teacher, "--fd-cache", tmp_path / "cache"]
+        call_script(
+            train_diffusion.main, SMALL, UNET, "--updates 1 --switch-split 0.1 --name run --output", tmp_path, options
+        )
+    assert [call.args[2] for call in extract.call_args_list] == [64, 12]  # the training images, the samples
 
 
 @pytest.mark.parametrize(
@@ -312,6 +365,8 @@ def test_loss_that_is_not_finite_ends_the_run(run, tmp_path):
         ("--betas quadratic", "--betas"),
         ("--diffusion-steps 10", "too few"),
         ("--sample-steps 2000", "exceeds --diffusion-steps"),
+        ("--sample-steps 30", "must divide --diffusion-steps 1000; 25 do"),
+        ("--min-snr 0", "--min-snr 0"),
         ("--kd-temperature 6 1", "no temperature"),
         ("--fid-weights x.pth", "give one"),
         ("--fd-samples 1", r"--fd-samples 1: .* two images"),
@@ -329,8 +384,8 @@ def test_loss_that_is_not_finite_ends_the_run(run, tmp_path):
         ("--updatess 5", "--updatess"),
     ],
 )
-def test_bad_input_is_one_line_before_any_work(options, message, run, tmp_path):
-    with forwards() as seen, pytest.raises(InputError, match=message) as error:
+def test_bad_input_is_one_line_before_any_work(options, message, run, unmeasured, tmp_path):
+    with forwards() as seen, unmeasured, pytest.raises(InputError, match=message) as error:
         run(tmp_path, "run", options)
     assert "\n" not in str(error.value) and not seen and not (tmp_path / "run").exists()
 
@@ -347,8 +402,8 @@ def test_bad_input_is_one_line_before_any_work(options, message, run, tmp_path):
         ("--kd-warmup 9", "longer than the run"),
     ],
 )
-def test_teacher_that_does_not_fit_is_refused(options, message, run, teacher, tmp_path):
-    with forwards() as seen, pytest.raises(InputError, match=message):
+def test_teacher_that_does_not_fit_is_refused(options, message, run, teacher, unmeasured, tmp_path):
+    with forwards() as seen, unmeasured, pytest.raises(InputError, match=message):
         run(tmp_path, "run", options, "--teacher", teacher)
     assert not seen and not (tmp_path / "run").exists()
 

@@ -65,7 +65,7 @@ def locate(folder: Path, args, launch: dict, log: Callable[[str], None]) -> tupl
     for name, value in launch.items() if state else ():
         if state[name] != value:
             raise InputError(f"{checkpoint} was written with {state[name]} {name}, this launch has {value}: keep to it")
-    _check_writable(folder)
+    check_writable(folder)
     return checkpoint, state
 
 
@@ -202,15 +202,19 @@ def _occupied(folder: Path) -> bool:
     return folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir())
 
 
-def _check_writable(folder: Path) -> None:
-    """Fail now rather than after an hour; leaves nothing behind."""
+def check_writable(folder: Path, option: str = "--output") -> None:
+    """Fail now rather than after an hour; leaves nothing behind.
+
+    Raises:
+        InputError: nothing can be written there; `option` chooses another place.
+    """
     nearest = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     probe = nearest / f".w2s-probe-{uuid.uuid4().hex}"
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"cannot write to {nearest}: {error.strerror}; choose another --output") from None
+        raise InputError(f"cannot write to {nearest}: {error.strerror}; choose another {option}") from None
 
 
 def _read_options(path: Path) -> dict:

@@ -38,8 +38,11 @@ class UNet(UNet2DModel):
 
     @property
     def facts(self) -> tuple[int, int, int | None]:
-        """Image size in pixels, channels, classes (None: unconditional)."""
-        return self.config.sample_size, self.config.in_channels, self.config.num_class_embeds
+        """Image size in pixels (a pair where not square), channels, classes (None: unconditional)."""
+        size = self.config.sample_size
+        if isinstance(size, list | tuple):
+            size = size[0] if len(set(size)) == 1 else tuple(size)
+        return size, self.config.in_channels, self.config.num_class_embeds
 
 
 def unet(
@@ -128,6 +131,8 @@ class ViT(nn.Module):
         self.vit, self.patch, self.grid = vit, vit.patch_embed.patch_size, vit.patch_embed.grid_size
         if any(n * p != image_size for n, p in zip(self.grid, self.patch, strict=True)):
             raise InputError(f"'{name}': patches of {self.patch[0]} px do not cover {image_size} px; see patch_size")
+        if isinstance(vit.norm, nn.Identity) or not isinstance(vit.patch_drop, nn.Identity):
+            raise InputError(f"'{name}': no global_pool, fc_norm or patch_drop_rate here, a denoiser keeps all patches")
         self.time_proj = Timesteps(vit.embed_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(vit.embed_dim, vit.embed_dim)
         self.class_embedding = nn.Embedding(num_classes, vit.embed_dim) if num_classes else None
@@ -205,6 +210,8 @@ def load_denoiser(spec: str) -> tuple[UNet | ViT, DDPMScheduler, Path]:
             model, info = UNet.from_pretrained(folder / "unet", output_loading_info=True, low_cpu_mem_usage=False)
             if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
                 raise ValueError(f"weights do not fit: {wrong[0]}")
+            if (out := model.config.out_channels) != (chans := model.config.in_channels):
+                raise ValueError(f"{out} channels out for {chans} in: a learned variance is not supported")
         else:
             config = json.loads((folder / "config.json").read_text())
             model = ViT(**config)

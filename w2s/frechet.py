@@ -25,7 +25,7 @@ from w2s.models import find_model, load_folder
 from w2s.options import InputError
 
 KID_SUBSET, KID_SUBSETS = 1000, 10  # features a subset, as torch-fidelity has it, and subsets (there 100)
-KID_IMAGES = 10_000  # reference images whose features are kept for KID
+KID_IMAGES = 10_000  # images whose features are kept for KID, drawn where there are more
 
 
 class Inception(nn.Module):
@@ -178,8 +178,10 @@ class Statistics:
             raise InputError(f"a Frechet distance needs at least two images, got {len(features)}")
         wide = features.to("cpu" if torch.device(device).type == "mps" else device, torch.float64)
         covariance = torch.cov(wide.T).reshape(features.shape[1], features.shape[1])
-        kept = features[:: -(-len(features) // KID_IMAGES)]
-        return cls(wide.mean(0).cpu().numpy(), covariance.cpu().numpy(), kept.numpy())
+        if len(features) > KID_IMAGES:  # drawn, as every k-th sample may well be of the same few classes
+            drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:KID_IMAGES]
+            features = features[drawn]
+        return cls(wide.mean(0).cpu().numpy(), covariance.cpu().numpy(), features.numpy())
 
     @cached_property
     def root(self) -> np.ndarray:
@@ -190,13 +192,16 @@ class Statistics:
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:
-    """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`; NaN where a feature was not finite.
+    """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`; NaN where a feature was not finite or no root is found.
 
     The trace of the root is the nuclear norm of `C1^(1/2) C2^(1/2)`: real, and exact for singular covariances too.
     """
     if not all(np.isfinite(part).all() for part in (one.mean, one.covariance, other.mean, other.covariance)):
         return float("nan")
-    shared = np.linalg.norm(one.root @ other.root, "nuc")
+    try:
+        shared = np.linalg.norm(one.root @ other.root, "nuc")
+    except np.linalg.LinAlgError:  # does not converge; the other processes wait for a number
+        return float("nan")
     difference = one.mean - other.mean
     return float(difference @ difference + np.trace(one.covariance) + np.trace(other.covariance) - 2 * shared)
 
@@ -230,7 +235,7 @@ def cached_statistics(
         key: all that the statistics depend on (dataset, split, rows, size, n, features), JSON types.
         make: computes them, the same on every process.
     """
-    text = json.dumps(key, sort_keys=True)
+    text = json.dumps({**key, "kid_images": f"{KID_IMAGES} drawn"}, sort_keys=True)
     path = folder and folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
     found = _read(path, text) if path else None
     # one answer for all: a process that did not see the file would wait for the others in `make`

@@ -20,6 +20,8 @@ def noise_schedule(betas: str = "linear", steps: int = 1000, prediction: str = "
 
     Linear betas run from 1e-4 to 0.02 at 1,000 steps (Ho et al. 2020), scaled by 1000 / steps at others (Nichol and
     Dhariwal 2021, arXiv 2102.09672). Sampling with fewer steps begins at the last one, where x is noise ("trailing").
+    Cosine betas leave so little of the image there that any error of epsilon would saturate the image that is read off
+    it: with these, n steps begin 1/n of the process before its end ("leading", as DDIM has it, arXiv 2010.02502).
 
     Raises:
         InputError: fewer than 21 steps of linear betas, which would exceed 1.
@@ -28,12 +30,12 @@ def noise_schedule(betas: str = "linear", steps: int = 1000, prediction: str = "
     if betas == "linear" and scale * 0.02 >= 1:
         raise InputError(f"{steps} diffusion steps are too few for linear betas; take 21 or more")
     return DDPMScheduler(
-        steps,
+        num_train_timesteps=steps,  # by name: diffusers' from_config takes what came by place for a mere default
         beta_start=scale * 1e-4,
         beta_end=scale * 0.02,
         beta_schedule=BETAS[betas],
         prediction_type=PREDICTIONS[prediction],
-        timestep_spacing="trailing",
+        timestep_spacing="leading" if (betas, prediction) == ("cosine", "epsilon") else "trailing",
     )
 
 
@@ -49,6 +51,17 @@ def draw_noise(
     shape, own = (world * len(images), *images.shape[1:]), slice(rank * len(images), (rank + 1) * len(images))
     noise = torch.randn(shape, generator=generator, device=images.device)[own]
     return noise, torch.randint(steps, shape[:1], generator=generator, device=images.device)[own]
+
+
+def as_epsilon(scheduler: DDPMScheduler, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The epsilon (B, C, H, W) that a prediction of epsilon, or v, means at x_t and t (B,).
+
+    From v it is `sqrt(abar) v + sqrt(1 - abar) x_t` (Salimans and Ho 2022, arXiv 2202.00512).
+    """
+    if scheduler.config.prediction_type != "v_prediction":
+        return prediction
+    bar = scheduler.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+    return bar.sqrt() * prediction.float() + (1 - bar).sqrt() * x_t
 
 
 def denoising_loss(

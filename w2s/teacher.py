@@ -1,6 +1,7 @@
 """The frozen weaker teacher: found, built, fitted to the student's inputs, timed, scored, and let go."""
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -202,9 +203,16 @@ def score_teacher(
         mode: "max" or "min".
         error: the standard error of a score on the switch split, where it is known; with it comes the warning of a
             score that is too good to be true.
+
+    Raises:
+        InputError: a score is not finite: its weights are broken, and nothing could ever beat it.
     """
     reported, given = report(), run.args.teacher_score
     score = switch() if given is None else given
+    if not (math.isfinite(reported) and math.isfinite(score)):
+        raise InputError(
+            f"the teacher from {teacher.source} scores {metric} {reported:g}, {score:g} on the switch split"
+        )
     how = "measured on the switch split" if given is None else "given by --teacher-score"
     run.log(
         f"teacher {teacher.name} ({teacher.params / 1e6:.2f} M) from {teacher.source}: {metric} {reported:.4g} on the "

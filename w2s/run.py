@@ -53,6 +53,8 @@ def call_main(main: Callable[[], None]) -> None:
             print(f"{start}{'' if code in (0, 75) else 'error: '}{message}", file=sys.stderr, flush=True)
         elif code == 2:  # perhaps this process alone saw it: a missing disk, a corrupt image
             print(f"process {rank}: {message}", file=sys.stderr, flush=True)
+    except SystemExit as error:  # --help
+        code = error.code or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1

@@ -144,7 +144,9 @@ def build_parser() -> Parser:
     group.add_argument("--sample-seed", type=natural_int, default=0, help="of the noise; the same in all arms (0)")
     group.add_argument("--validation-batch-size", type=positive_int, default=256, metavar="N", help="per process (256)")
 
-    parser.set_defaults(model_ema=True, model_ema_warmup=True, opt="adam", lr=2e-4, weight_decay=0.0, sched="constant")
+    parser.set_defaults(
+        model_ema=True, model_ema_warmup=True, opt="adam", lr_base=None, weight_decay=0.0, sched="constant"
+    )
     parser.set_defaults(switch_split="0", kd_temperature=[1.0])
     return parser
 
@@ -160,6 +162,8 @@ def resolve(args) -> None:
     steps = args.diffusion_steps
     even = max(n for n in range(1, min(args.sample_steps or 50, steps) + 1) if steps % n == 0)
     args.sample_steps = args.sample_steps or (even if args.sampler == "ddim" else steps)
+    if args.lr_base is None:
+        args.lr, args.lr_base = 2e-4 if args.lr is None else args.lr, 0.1
     if args.fd_samples < 2:
         raise InputError(f"--fd-samples {args.fd_samples}: a Frechet distance needs at least two images")
     if args.sample_steps > steps:

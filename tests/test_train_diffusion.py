@@ -312,6 +312,14 @@ def test_default_sample_steps_divide_the_process(options, steps):
     assert args.sample_steps == steps
 
 
+@pytest.mark.parametrize(("options", "lr"), [("", 2e-4), ("--lr 1e-3", 1e-3), ("--lr-base 0.2 --opt sgd", 0.1)])
+def test_learning_rate_is_given_or_scaled(options, lr):
+    args = train_diffusion.build_parser().parse_recipe(options.split())
+    train_diffusion.resolve(args)
+    assert train_diffusion.scaled_lr(args, 128) == pytest.approx(lr)
+    assert "any timm optimiser (default: adam)" in " ".join(train_diffusion.build_parser().format_help().split())
+
+
 # ---- bad input ----
 
 

@@ -158,7 +158,7 @@ def add_kd_options(parser: Parser, unit: str = "epochs") -> None:
     group.add_argument("--kd-hold", type=not_negative, help=f"{unit} on the plateau (default: 55%% of the run)")
     group.add_argument("--kd-decay", type=not_negative, help=f"{unit} back to 0 (default: 20%% of the run)")
     group.add_argument(
-        "--kd-temperature", type=float, nargs="+", default=[6.0, 1.0], metavar="T", help="START [END] (default: 6 1)"
+        "--kd-temperature", type=float, nargs="+", default=[6.0, 1.0], metavar="T", help="START [END] (%(default)s)"
     )
     group.add_argument("--kd-patience", type=positive_int, default=2, help="evaluations in a row to win (default: 2)")
     group.add_argument(
@@ -168,7 +168,7 @@ def add_kd_options(parser: Parser, unit: str = "epochs") -> None:
         "--switch-split",
         default="0.02",
         metavar="F",
-        help="share of the training data held out for the switch-off, or a split name for streams (default: 0.02)",
+        help="share of the training data held out for the switch-off, or a split name for streams (%(default)s)",
     )
     group.add_argument("--switch-seed", type=natural_int, default=0, help="which slice (0); the same in all arms")
 
@@ -189,12 +189,12 @@ def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     group.add_argument("--lr-base", type=float, default=0.1, help="lr = lr-base * global batch / lr-base-size")
     group.add_argument("--lr-base-size", type=positive_int, default=256)
     group.add_argument("--lr-base-scale", choices=["linear", "sqrt"], help="default: sqrt for Adam and LAMB kinds")
-    group.add_argument("--sched", default="cosine", help="timm schedule, on updates (default: cosine)")
+    group.add_argument("--sched", default="cosine", help="timm schedule, on updates (default: %(default)s)")
     group.add_argument(f"--warmup-{unit}", type=not_negative, default=0)
     group.add_argument("--warmup-lr", type=float, default=1e-5)
     group.add_argument("--min-lr", type=float, default=0.0)
-    group.add_argument(f"--decay-{unit}", type=float, default=30)
-    group.add_argument("--decay-milestones", type=float, nargs="+", default=[30, 60])
+    group.add_argument(f"--decay-{unit}", type=float, default=30, help="of step schedules (default: %(default)s)")
+    group.add_argument("--decay-milestones", type=float, nargs="+", default=[30, 60], help=f"{unit} (30 60)")
     group.add_argument("--decay-rate", type=float, default=0.1)
 
 

@@ -415,10 +415,11 @@ def test_a_folder_without_permission_is_refused(tmp_path):
         (NonFiniteLoss("the loss is not finite"), 3, "error: the loss is not finite"),
         (Preempted("saved at update 7"), 75, "saved at update 7"),
         (Finished("already finished"), 0, "already finished"),
+        (SystemExit(0), 0, ""),
         (InputError("Caught InputError in DataLoader worker process 0.\nTraceback ...\nw2s.options.InputError: corrupt "
                     "image a.png\n"), 2, "error: corrupt image a.png"),
     ],
-    ids=["done", "bad input", "not finite", "preempted", "finished", "from a worker"],
+    ids=["done", "bad input", "not finite", "preempted", "finished", "help", "from a worker"],
 )  # fmt: skip
 def test_a_script_ends_with_its_code_and_one_line(capsys, error, code, last):
     def main() -> None:

@@ -227,7 +227,7 @@ def test_two_processes_train_as_one(digits_det, teacher, tmp_path):
     assert started.wait() == [0, 0], started.text
     one, two = (load_detector(str(tmp_path / name))[0] for name in ("one", "two"))
     for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     rows = [read_rows(tmp_path / name)[0] for name in ("one", "two")]
     assert rows[0]["update"] == rows[1]["update"] and rows[0]["lr"] == rows[1]["lr"]
     assert float(rows[0]["task_loss"]) == pytest.approx(float(rows[1]["task_loss"]), rel=1e-5)

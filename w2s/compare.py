@@ -1,243 +1,161 @@
-"""How much earlier did the treated runs reach a target? Run folders in; speedup.json, report.md, curves.png out.
+"""How much earlier did taught runs reach a target? Run folders in; a table, a report, a page and curves out.
 
-python -m w2s.compare --baseline RUN... --treated RUN... [--target TAU...] --out DIR
+python -m w2s.compare --baseline RUN... --treated RUN... --out DIR
+python -m w2s.compare --arm baseline='output/b-seed*' --arm w2s='output/w-seed*' --arm shuffled=... --out DIR
 """
 
 import argparse
+import glob
 import json
-import math
+import shlex
 import sys
-from itertools import pairwise
+import time
 from pathlib import Path
-from statistics import median
-from typing import BinaryIO, NamedTuple
 
-from w2s.crossing import AXES, best_value, crossings, read_metrics, replacing, target_key
+from w2s.crossing import replacing
+from w2s.report import draw_curves, write_html, write_report
+from w2s.runs import Run, choose_targets, read_run
+from w2s.speedup import compare
 
-AXIS_NAMES = dict(zip(AXES, ("epochs", "updates", "samples", "train seconds", "total seconds", "PFLOPs"), strict=True))
-COLOURS = ("#0072B2", "#D55E00")  # Okabe-Ito blue and vermilion: told apart in all common kinds of colour vision
-FIELDS = dict.fromkeys(("task", "name", "status", "metric", "mode"), str) | {"targets": dict}
-FIELDS |= dict.fromkeys(("teacher", "kd_off", "environment"), dict | None)
+RESERVED = ("speedup", "lower_bound", "confirmed", "versus")  # keys beside the arms in speedup.json
 
 
-class Run(NamedTuple):
-    """A finished run: `summary` as in summary.json; `rows` one dict an evaluation, each update once, in order."""
+def write_all(result: dict, arms: dict[str, list[Run]], out: Path, command: str) -> str:
+    """Write the four files into `out`, each whole or as it was before. Returns the report as Markdown."""
+    out.mkdir(parents=True, exist_ok=True)
+    report = write_report(result, arms, command)
+    names = ("speedup.json", "report.md", "report.html", "curves.png")
+    with replacing(out / names[0]) as table, replacing(out / names[1]) as text, replacing(out / names[2]) as page:
+        json.dump(result, table, indent=2, allow_nan=False)
+        text.write(report + "\n![curves](curves.png)\n")
+        page.write(write_html(result, arms, command))
+        with replacing(out / names[3]) as image:
+            draw_curves(result, arms, image.buffer)
+    return report
 
-    folder: Path
-    summary: dict
-    rows: list[dict]
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; raises argparse.ArgumentError or ValueError."""
+    parser = argparse.ArgumentParser("python -m w2s.compare", description=__doc__.split("\n")[0], exit_on_error=False)
+    for arm in ("baseline", "treated"):
+        parser.add_argument(f"--{arm}", nargs="+", default=[], type=Path, metavar="RUN", help=f"{arm} run folders")
+    parser.add_argument(
+        "--arm", action="append", default=[], metavar="NAME=GLOB", help="runs of an arm; the first is the reference"
+    )
+    parser.add_argument("--target", nargs="+", type=float, metavar="TAU", help="instead of the targets of the runs")
+    parser.add_argument("--margin", type=float, help="how much worse the metric may end and still be non-inferior")
+    parser.add_argument("--allow", nargs="+", default=[], metavar="NAME", help="settings that may differ all the same")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the four files go")
+    parser.add_argument(
+        "--watch", nargs="?", const=30.0, type=float, metavar="SECONDS", help="refresh until all runs are finished (30)"
+    )
+    parser.add_argument("--log-with", choices=["wandb"], help="log table and curves as a run of its own")
+    parser.add_argument("--project", default="w2s", help="W&B project (w2s)")
+    parser.add_argument("--group", help="W&B group (default: that of the runs, else the folder in --out)")
+    args = parser.parse_args(argv)
+    if bool(args.arm) == bool(args.baseline or args.treated) or bool(args.baseline) != bool(args.treated):
+        raise ValueError("give --baseline RUN... and --treated RUN..., or --arm NAME=GLOB for each arm")
+    args.allow = tuple(name.lstrip("-").replace("-", "_") for name in args.allow) + ("target",) * bool(args.target)
+    return args
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises ValueError: a file is missing or malformed, or the run is unfinished or empty."""
-    metrics, facts = folder / "metrics.csv", folder / "summary.json"
-    for path in (folder, metrics, facts):
-        if not path.exists():
-            raise ValueError(f"{path} does not exist")
+def find_arms(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """The run folders of each arm. Raises ValueError: an arm without runs, a folder twice, a name that is taken."""
+    arms: dict[str, list[Path]] = {"baseline": args.baseline, "treated": args.treated} if args.baseline else {}
+    for text in args.arm:
+        name, _, pattern = text.partition("=")
+        if not name or not pattern or name in RESERVED:
+            raise ValueError(f"--arm {text}: takes NAME=GLOB" + f"; {name} is no free name" * (name in RESERVED))
+        folders = [Path(path) for path in sorted(glob.glob(pattern))]
+        if not folders and not args.watch:
+            raise ValueError(f"--arm {text}: no such folder")
+        arms[name] = arms.get(name, []) + folders
+    if len(arms) < 2:
+        raise ValueError("one arm alone: give --arm NAME=GLOB again for the arm to compare with")
+    folders = [folder.resolve() for group in arms.values() for folder in group]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ValueError(f"{twice[0]} is given twice")
+    return arms
+
+
+def watch(args: argparse.Namespace, command: str) -> None:
+    """Write the files again and again, from the runs there are, until all are finished."""
+    while True:
+        arms, waiting = {}, 0
+        for arm, folders in find_arms(args).items():
+            arms[arm] = []
+            for folder in folders:
+                try:
+                    arms[arm].append(read_run(folder, unfinished=True))
+                except (ValueError, OSError) as error:
+                    if "status is 'failed'" in str(error):
+                        raise
+                    waiting += 1  # not begun, or in the middle of writing a line
+            waiting += not folders
+        going = [run.folder.name for group in arms.values() for run in group if not run.finished]
+        if not going and not waiting:
+            return
+        if all(arms.values()):
+            runs = [run for group in arms.values() for run in group]
+            result = compare(arms, choose_targets(runs, args.target), args.margin, args.allow, going=True)
+            result["going"] = going
+            print(write_all(result, arms, args.out, command), flush=True)
+        print(f"{len(going)} runs going, {waiting} not yet to be read; next look in {args.watch:g} s", flush=True)
+        time.sleep(args.watch)
+
+
+def check_wandb() -> None:
+    """Raise ValueError where W&B cannot be used: not installed, or no key and not offline."""
+    from w2s.options import InputError
+    from w2s.trackers import check_trackers
+
     try:
-        summary = json.loads(facts.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{facts} is not JSON: {error}") from None
-    for key, kind in FIELDS.items():
-        if not isinstance(summary, dict) or not isinstance(summary.get(key), kind):
-            raise ValueError(f"{facts}: {key!r} is missing or malformed")
-    if summary["mode"] not in ("max", "min"):
-        raise ValueError(f"{facts}: 'mode' is neither max nor min")
-    if summary["status"] != "finished":
-        raise ValueError(f"{folder} is not a finished run: its status is {summary['status']!r}")
-    rows = read_metrics(metrics)
-    if not rows:
-        raise ValueError(f"{metrics} has no rows")
-    if summary["metric"] not in rows[0]:
-        raise ValueError(f"{metrics} has no column {summary['metric']!r}")
-    if not all(math.isfinite(_or(row.get(key), math.nan)) for row in rows for key in ("epoch", "update")):
-        raise ValueError(f"{metrics} has a row without epoch or update")
-    return Run(folder, summary, [row for _, row in sorted({row["update"]: row for row in rows}.items())])
+        check_trackers("wandb")
+    except InputError as error:
+        raise ValueError(str(error)) from None
 
 
-def choose_targets(runs: list[Run], given: list[float] | None = None) -> list[float]:
-    """The targets given, else all of the runs, the easiest first. Raises ValueError: none, or not a finite number."""
-    targets = {target_key(tau): tau for tau in given or [float(key) for run in runs for key in run.summary["targets"]]}
-    if not targets or not all(map(math.isfinite, targets.values())):
-        raise ValueError(f"target not finite: {', '.join(targets)}" if targets else "no targets: --target gives them")
-    return sorted(targets.values(), reverse=runs[0].summary["mode"] == "min")
+def log_to_wandb(args: argparse.Namespace, result: dict, arms: dict[str, list[Run]]) -> None:
+    """Log the table, the curves and the page as a run of its own, in the group of the runs compared."""
+    import wandb
 
-
-def compare(arms: dict[str, list[Run]], targets: list[float]) -> dict:
-    """Crossings, medians and speedups of two arms, the reference first, at each tau in `targets`.
-
-    Raises ValueError where runs differ in task, metric, mode or evaluation grid. Returns:
-        What speedup.json holds: `targets[tau][arm][axis]`, `targets[tau]["confirmed"][arm][axis]`, `final[arm]` and
-        `best[arm]`, each `{"runs": [...], "median": x}`; `targets[tau]["speedup"][axis]` and `["lower_bound"][axis]`;
-        task, metric, mode; `arms[arm]`. None: censored, an infinite median, not recorded or not defined.
-    """
     runs = [run for group in arms.values() for run in group]
-    folder, summary, rows = runs[0]
-    for run in runs[1:]:
-        for key in ("task", "metric", "mode"):
-            if (one := summary[key]) != (other := run.summary[key]):
-                raise ValueError(f"the runs differ in {key}: {one!r} in {folder}, {other!r} in {run.folder}")
-        if [round(row["epoch"], 6) for row in run.rows] != [round(row["epoch"], 6) for row in rows]:
-            raise ValueError(f"the runs differ in the epochs of their evaluations: {folder}, {run.folder}")
-    metric, mode = summary["metric"], summary["mode"]
-    worst = -math.inf if mode == "max" else math.inf  # a run that ends in NaN takes part in the median
-    result = {key: summary[key] for key in ("task", "metric", "mode")} | {"arms": {}, "final": {}, "best": {}}
-    for arm, group in arms.items():
-        result["arms"][arm] = [{"run": run.summary["name"], "seed": run.summary.get("seed")} for run in group]
-        result["final"][arm] = _spread([_or(run.rows[-1][metric], worst) for run in group])
-        result["best"][arm] = _spread([_or(best_value(run.rows, metric, mode), worst) for run in group])
-    return result | {"targets": {target_key(target): _at_target(arms, target, metric, mode) for target in targets}}
-
-
-def _at_target(arms: dict[str, list[Run]], target: float, metric: str, mode: str) -> dict:
-    result: dict = {"speedup": {}, "lower_bound": {}, "confirmed": {}}
-    floors = {}
-    for arm, group in arms.items():
-        first, confirmed = zip(*(crossings(run.rows, metric, target, mode) for run in group), strict=True)
-        result[arm], result["confirmed"][arm] = _costs(first), _costs(confirmed)
-        # A censored run crosses after its last evaluation, if ever: with that in place of infinity the median is below
-        # the true one, also where an even number of runs takes the mean of a crossed and a censored one.
-        floors[arm] = _costs([point or run.rows[-1] for point, run in zip(first, group, strict=True)])
-    reference, treated = arms
-    for axis in AXES:
-        before, after, floor = (x[axis]["median"] for x in (result[reference], result[treated], floors[reference]))
-        result["speedup"][axis] = before / after if before is not None and after else None
-        result["lower_bound"][axis] = floor / after if before is None and floor is not None and after else None
-    return result
-
-
-def _costs(points: list[dict | None]) -> dict:
-    return {axis: _spread([_or(p.get(axis), math.nan) if p else math.inf for p in points]) for axis in AXES}
-
-
-def _spread(values: list[float]) -> dict:
-    """In the median infinity takes part (censored, diverged) and NaN (not recorded) decides; both are written None."""
-    middle = math.nan if any(map(math.isnan, values)) else median(values)
-    *runs, middle = (value if math.isfinite(value) else None for value in (*values, middle))
-    return {"runs": runs, "median": middle}
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None or not math.isfinite(value) else value
-
-
-def write_report(result: dict, arms: dict[str, list[Run]]) -> str:
-    """The comparison as Markdown: the rule, the conditions, a table for each target, final and best values."""
-    metric, sign = result["metric"], ">=" if result["mode"] == "max" else "<="
-    seeds = {arm: [str(run.summary.get("seed")) for run in group] for arm, group in arms.items()}
-    facts = [f"- {arm}: {len(each)} runs, seeds {', '.join(each)}" for arm, each in seeds.items()]
-    runs = [run for group in arms.values() for run in group]
-    step = " or ".join(dict.fromkeys(_text(b["epoch"] - a["epoch"]) for a, b in pairwise(runs[0].rows))) or "n/a"
-    facts += [f"- Grid: {len(runs[0].rows)} evaluations a run; step, and so resolution: {step} epochs"]
-    places = [(run.summary.get("environment") or {"hardware": "not recorded"}).items() for run in runs]
-    places = dict.fromkeys(", ".join(f"{key} {value}" for key, value in place) for place in places)
-    facts += [f"- Hardware and software{', not the same for all runs' * (len(places) > 1)}: {'; '.join(places)}"]
-    for _, summary, rows in runs:
-        if teacher := summary.get("teacher"):
-            size, switch, report = (_text(teacher.get(key)) for key in ("params", "switch", "report"))
-            scores = f"{metric} {switch} on the switch split and {report} on the reporting split"
-            spent, train = (_or(rows[-1].get(f"{key}_seconds"), math.nan) for key in ("teacher", "train"))
-            off = (kd := summary.get("kd_off")) and f"switched off at epoch {_text(kd['epoch'])} ({kd['reason']})"
-            facts += [f"- {summary['name']}: teacher {teacher.get('model')}, {size} parameters, {scores}"]
-            facts[-1] += f"; {spent / (train or math.nan):.1%} of train seconds; {off or 'never switched off'}"
-    blocks = [
-        f"# Time to target: {result['task']}, {metric}",
-        f"first@tau is the first evaluation with {metric} {sign} tau; confirmed, the first of two in a row. A run\n"
-        "without one is censored: shown as `> E`, E its last evaluation, and infinite in medians. The speedup is the\n"
-        f"median of the {' over that of the '.join(arms)} runs; `> x` is a lower bound, the former being censored.",
-        "\n".join(facts),
-    ]
+    group = args.group or runs[0].options.get("group") or args.out.name
+    board = wandb.init(project=args.project, group=group, job_type="compare", name=args.out.name, dir=str(args.out))
+    columns = ["target", "arm", "axis", "speedup", "lower_bound", "geometric_mean", "low", "high", "p"]
+    table, summary = wandb.Table(columns=columns), {}
     for tau, entry in result["targets"].items():
-        rows = [
-            [f"{kind}, {AXIS_NAMES[axis]}", arm, *_cells(part[arm][axis], [run.rows[-1].get(axis) for run in group])]
-            for axis in ("epoch", "train_seconds")
-            for kind, part in (("first", entry), ("confirmed", entry["confirmed"]))
-            for arm, group in arms.items()
-        ]
-        ratios = [(name, entry["speedup"][axis], entry["lower_bound"][axis]) for axis, name in AXIS_NAMES.items()]
-        texts = [f"{x:.2f}x in {name}" if x else f"> {y:.2f}x in {name}" for name, x, y in ratios if x or y]
-        late = "" if all(tau in run.summary["targets"] for run in runs) else " (not among the targets of every run)"
-        blocks += [f"## first@{tau}{late}", _table(rows), f"Speedup: {', '.join(texts) or 'not defined'}."]
-    pairs = [(kind, arm) for kind in ("final", "best") for arm in arms]
-    rows = [[kind, arm, *_cells(result[kind][arm], [None] * len(arms[arm]))] for kind, arm in pairs]
-    return "\n\n".join([*blocks, f"## Final and best {metric}", _table(rows)]) + "\n"
-
-
-def _cells(spread: dict, last: list[float | None]) -> list[str]:
-    """Each run, median and range as text; a censored run is shown as `> E`, E taken from `last`."""
-    pairs = [("> ", e) if v is None and e is not None else ("", v) for v, e in zip(spread["runs"], last, strict=True)]
-    known = sorted(pair for pair in pairs if pair[1] is not None)
-    floored = spread["median"] is None and len(known) == len(pairs)
-    middle = ("> ", median(value for _, value in known)) if floored else ("", spread["median"])
-    each, middle, ends = ([mark + _text(v) for mark, v in x] for x in (pairs, [middle], [*known[:1], *known[-1:]]))
-    return [", ".join(each), *middle, " to ".join(dict.fromkeys(ends)) or "n/a"]
-
-
-def _text(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = [["", "arm", "each run", "median", "min to max"], [""] * 5, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines[1] = ["-" * width for width in widths]
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
-
-
-def draw_curves(result: dict, arms: dict[str, list[Run]], file: BinaryIO) -> None:
-    """Draw the metric over epochs and over train seconds as a PNG: runs thin, medians bold, targets dashed."""
-    import numpy as np
-    from matplotlib.figure import Figure  # slow, and may write to stderr: not before the input is known to be good
-
-    metric, worst = result["metric"], -np.inf if result["mode"] == "max" else np.inf
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    for panel, axis in zip(figure.subplots(1, 2, sharey=True), ("epoch", "train_seconds"), strict=True):
-        for (arm, group), colour in zip(arms.items(), COLOURS, strict=True):
-            table = [[[row.get(key) for row in run.rows] for run in group] for key in (axis, metric, "epoch")]
-            x, y, epochs = np.array(table, dtype=float)  # each (runs, evaluations); None becomes NaN
-            panel.plot(x.T, y.T, color=colour, alpha=0.45, linewidth=1)
-            middle = np.median(np.where(np.isfinite(y), y, worst), axis=0)
-            panel.plot(np.median(x, axis=0), middle, "o-", c=colour, lw=3, ms=4, label=f"{arm}, median of {len(group)}")
-            for run, *curve, epoch in zip(group, x, y, epochs, strict=True):
-                if off := run.summary.get("kd_off"):
-                    point = [np.interp(off["epoch"], epoch, values) for values in curve]
-                    panel.plot(*point, "D", color=colour, markeredgecolor="black", zorder=3, label="teacher off")
-        for tau in map(float, result["targets"]):
-            panel.axhline(tau, color="0.3", linestyle="--", linewidth=1.2, label="target")
-            panel.text(0.01, tau, f"{tau:.10g}", transform=panel.get_yaxis_transform(), va="bottom")
-        panel.set(xlabel=AXIS_NAMES[axis], xlim=(0, None))
-        panel.grid(alpha=0.25)
-    figure.supylabel(f"{metric} ({'higher' if result['mode'] == 'max' else 'lower'} is better)", size="medium")
-    entries = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))  # each label once
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=len(entries), frameon=False)
-    figure.savefig(file, format="png", dpi=160)
+        for arm, axes in entry["versus"].items():
+            for axis, v in axes.items():
+                low, high = v["interval"] or (None, None)
+                table.add_data(tau, arm, axis, *(v[key] for key in columns[3:6]), low, high, v["p"])
+                if v["geometric_mean"]:
+                    summary[f"speedup@{tau}/{arm}/{axis}"] = v["geometric_mean"]
+    page = wandb.Html(str(args.out / "report.html"))
+    board.log({"speedups": table, "curves": wandb.Image(str(args.out / "curves.png")), "report": page})
+    board.summary.update(summary)
+    board.finish()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compare the runs named on the command line. Returns the exit code: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser("python -m w2s.compare", description=__doc__.split("\n")[0], exit_on_error=False)
-    for arm in ("baseline", "treated"):
-        parser.add_argument(f"--{arm}", nargs="+", required=True, type=Path, metavar="RUN", help=f"{arm} run folders")
-    parser.add_argument("--target", nargs="+", type=float, metavar="TAU", help="instead of the targets of the runs")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the three files go")
+    command = shlex.join(["python", "-m", "w2s.compare", *(sys.argv[1:] if argv is None else argv)])
     try:
-        args = parser.parse_args(argv)
-        folders = [folder.resolve() for folder in (*args.baseline, *args.treated)]
-        if twice := [folder for folder in folders if folders.count(folder) > 1]:
-            raise ValueError(f"{twice[0]} is given twice")
-        arms = {"baseline": [*map(read_run, args.baseline)], "treated": [*map(read_run, args.treated)]}
-        result = compare(arms, choose_targets(arms["baseline"] + arms["treated"], args.target))
+        args = parse(argv)
+        if args.log_with:
+            check_wandb()
+        if args.watch:
+            watch(args, command)
+        arms = {arm: [*map(read_run, folders)] for arm, folders in find_arms(args).items()}
+        targets = choose_targets([run for group in arms.values() for run in group], args.target)
+        result = compare(arms, targets, args.margin, args.allow)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    paths = [args.out / name for name in ("speedup.json", "report.md", "curves.png")]
-    report = write_report(result, arms)
-    with replacing(paths[0]) as table, replacing(paths[1]) as text, replacing(paths[2]) as image:
-        json.dump(result, table, indent=2, allow_nan=False)
-        text.write(report + "\n![curves](curves.png)\n")
-        draw_curves(result, arms, image.buffer)
-    print(report, end="")
+    print(write_all(result, arms, args.out, command), end="")
+    if args.log_with:
+        log_to_wandb(args, result, arms)
     return 0
 
 

@@ -126,6 +126,8 @@ def _target_parts(result: dict, entry: dict, arms: dict[str, list[Run]]) -> list
         texts = [f"{times(x) if x else times(y, '> ')} in {name}" for name, x, y in ratios if x or y]
         which = f" of {arm}" if len(entry["versus"]) > 1 else ""
         parts.append(f"Speedup{which}: {', '.join(texts) or 'not defined'}.")
+        if not texts and not any(axis["geometric_mean_lower_bound"] for axis in versus.values()):
+            continue
         header = ["axis", "speedup", "paired", "95 % interval", "p", "by the grid", "teacher paid", "paid back after"]
         parts.append(Table(header, [[AXIS_NAMES[axis], *_versus_cells(versus[axis])] for axis in AXIS_NAMES]))
     return parts
@@ -264,7 +266,7 @@ def write_html(result: dict, arms: dict[str, list[Run]], command: str = "") -> s
 
 def _html(part: Part) -> str:
     if isinstance(part, str):
-        return f"<p>{html.escape(part)}</p>\n"
+        return "<p>" + re.sub("`(.*?)`", r"<code>\1</code>", html.escape(part)) + "</p>\n"
     if isinstance(part, list):
         return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in part)}</ul>\n"
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in part.header)

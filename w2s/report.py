@@ -61,8 +61,8 @@ def verdict(result: dict, arms: dict[str, list[Run]]) -> str:
         claims = " and ".join(_claim(entries[tau][axis], AXIS_NAMES[axis]) for axis in ("epoch", "train_seconds"))
         counts = f"medians of {len(arms[reference])} and {len(arms[arm])} runs"
         clauses.append(
-            f"{arm} reaches {metric} {sign} {tau} at epoch {number(after['median'])} instead of {instead} ({counts}): "
-            f"{claims}; {ended}"
+            f"{arm} reaches {metric} {sign} {tau} at epoch {number(after['median'])} instead of {instead} ({counts}); "
+            f"paired by seed, {claims}; {ended}"
         )
     return going + ". ".join(clauses) + "."
 

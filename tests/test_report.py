@@ -51,7 +51,7 @@ def out(tmp_path):
 
 
 def test_the_verdict_stands_first_in_both(out):
-    words = "treated reaches top1 >= 60 at epoch 2 instead of 4 (medians of 3 and 3 runs); paired by seed, 1.71x in epochs"
+    words = "treated reaches top1 >= 60 at epoch 2 instead of 4 (medians of 3 and 3 runs); paired by seed, 1.71x in ep"
     markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert markdown.split("\n\n")[1].startswith(f"**{words}")
     assert Page(page).texts["verdict"].startswith(words)

@@ -69,6 +69,8 @@ def open_dataset(args, split: str, training: bool = False, class_map: dict | Non
     if args.dataset == "digits":
         return Digits(split)
     kind = args.dataset.partition("/")[0]
+    if not args.dataset and args.data_dir and not os.path.exists(args.data_dir):
+        raise InputError(f"--data-dir {args.data_dir}: no such folder")
     options = {"input_key": args.input_key, "target_key": args.target_key}
     if kind in STREAMS:
         options |= {"batch_size": args.batch_size, "num_samples": samples, "seed": args.seed}

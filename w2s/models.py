@@ -131,6 +131,8 @@ def find_model(path: str) -> Path:
         InputError: neither is there.
     """
     folder = Path(path)
+    if not folder.exists():
+        raise InputError(f"{path} holds no exported model: no such folder; make that run first, or name another")
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
             return candidate

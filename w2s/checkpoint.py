@@ -99,7 +99,7 @@ def save_checkpoint(
     """
     final, beside = root / f"update-{update:08d}", root / f".update-{update:08d}.partial"
     if accelerator.is_main_process:
-        for unfinished in root.glob(".update-*.partial"):
+        for unfinished in root.glob(".update-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
         beside.mkdir(parents=True)
     accelerator.wait_for_everyone()
@@ -112,14 +112,21 @@ def save_checkpoint(
         (beside / "state.json").write_text(json.dumps({**state, "update": update, "files": files}))
         for path in [*beside.rglob("*"), beside]:
             fsync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _drop(final)
         beside.rename(final)
         fsync(root)
         paths = sorted(root.glob("update-*"))
         here = paths.index(final) + 1
         for old in paths[: max(here - keep, 0)] + paths[here:]:  # later ones: the run was taken up from before them
-            shutil.rmtree(old, ignore_errors=True)
+            _drop(old)
     accelerator.wait_for_everyone()
+
+
+def _drop(checkpoint: Path) -> None:
+    aside = checkpoint.with_name(f".{checkpoint.name}.dropped")  # first: a kill half-way leaves no half checkpoint
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_checkpoint(path: Path, accelerator: accelerate.Accelerator, ema: nn.Module | None) -> None:

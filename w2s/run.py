@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,10 @@ def call_main(main: Callable[[], None]) -> None:
             start = "\n" if sys.stderr.isatty() else ""  # a progress bar may stand on the line
             print(f"{start}{'' if code in (0, 75) else 'error: '}{message}", file=sys.stderr, flush=True)
         elif code == 2:  # perhaps this process alone saw it: a missing disk, a corrupt image
-            print(f"process {rank}: {message}", file=sys.stderr, flush=True)
+            # the launcher ends all when the first one exits: let the main process speak first, and end silently then
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+            print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
     except SystemExit as error:  # --help
         code = error.code or 0
     except BaseException:

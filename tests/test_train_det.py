@@ -19,6 +19,7 @@ from conftest import (
     weights_of,
 )
 from PIL import Image
+from safetensors.torch import load_file
 
 import train_det
 from w2s.coco_eval import NUMBERS
@@ -221,13 +222,14 @@ def test_killed_within_an_epoch_it_ends_in_the_same_bits(digits_det, teacher, tr
 
 def test_two_processes_train_as_one(digits_det, teacher, tmp_path):
     parts = (DETECT, TAUGHT, "--epochs 1 --kd-hold 0 --opt sgd --lr 1e-2 --data", digits_det, "--teacher", teacher)
-    parts += ("--output", tmp_path)
+    parts += ("--output", tmp_path, "--recovery-interval 1 --checkpoint-hist 99")
     started = start_script("train_det", tmp_path / "log", *parts, "--batch-size 2 --name two", processes=2)
     call_script(train_det.main, *parts, "--name one")
     assert started.wait() == [0, 0], started.text
-    one, two = (load_detector(str(tmp_path / name))[0] for name in ("one", "two"))
-    for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    # early on, where rounding is all that may differ: later a ReLU within rounding of 0 falls to the other side
+    for update in ("update-00000001", "update-00000003"):
+        ours, theirs = (load_file(tmp_path / n / "checkpoints" / update / "model.safetensors") for n in ("one", "two"))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     rows = [read_rows(tmp_path / name)[0] for name in ("one", "two")]
     assert rows[0]["update"] == rows[1]["update"] and rows[0]["lr"] == rows[1]["lr"]
     assert float(rows[0]["task_loss"]) == pytest.approx(float(rows[1]["task_loss"]), rel=1e-5)

@@ -17,6 +17,18 @@ def colour_of(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
+def progress_axis(result: dict) -> str:
+    """What progress is counted in: updates of a diffusion model, epochs elsewhere."""
+    return "update" if result["task"] == "diffusion" else "epoch"
+
+
+def _logarithmic(result: dict, arms: dict[str, list[Run]]) -> bool:
+    """Whether the metric falls by orders of magnitude, so that a linear scale would show its first values only."""
+    values = np.concatenate([_columns(run, result["metric"])[0] for group in arms.values() for run in group])
+    values = [*values[np.isfinite(values)], *map(float, result["targets"])]
+    return result["mode"] == "min" and bool(0 < 10 * min(values) < max(values))
+
+
 def _columns(run: Run, *names: str) -> np.ndarray:
     """Columns of a run as (names, evaluations); None becomes NaN."""
     return np.array([[row.get(name) for row in run.rows] for name in names], dtype=float)
@@ -37,12 +49,12 @@ def switch_off(run: Run, axis: str) -> float | None:
 
 
 def draw_curves(result: dict, arms: dict[str, list[Run]], file: BinaryIO) -> None:
-    """Draw the metric over epochs and over train seconds as a PNG: runs thin, medians bold, targets dashed."""
+    """Draw the metric over progress and over train seconds as a PNG: runs thin, medians bold, targets dashed."""
     from matplotlib.figure import Figure  # slow, and may write to stderr: not before the input is known to be good
 
     metric, worst = result["metric"], -np.inf if result["mode"] == "max" else np.inf
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    for panel, axis in zip(figure.subplots(1, 2, sharey=True), ("epoch", "train_seconds"), strict=True):
+    for panel, axis in zip(figure.subplots(1, 2, sharey=True), (progress_axis(result), "train_seconds"), strict=True):
         for number, (arm, group) in enumerate(arms.items()):
             colour, common = colour_of(number), min(len(run.rows) for run in group)
             for run in group:
@@ -58,7 +70,7 @@ def draw_curves(result: dict, arms: dict[str, list[Run]], file: BinaryIO) -> Non
         for tau in map(float, result["targets"]):
             panel.axhline(tau, color="0.3", linestyle="--", linewidth=1.2, label="target")
             panel.text(0.01, tau, f"{tau:.10g}", transform=panel.get_yaxis_transform(), va="bottom")
-        panel.set(xlabel=AXIS_NAMES[axis], xlim=(0, None))
+        panel.set(xlabel=AXIS_NAMES[axis], xlim=(0, None), yscale="log" if _logarithmic(result, arms) else "linear")
         panel.grid(alpha=0.25)
     figure.supylabel(f"{metric} ({'higher' if result['mode'] == 'max' else 'lower'} is better)", size="medium")
     entries = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))  # each label once
@@ -84,5 +96,7 @@ def page_data(result: dict, arms: dict[str, list[Run]]) -> dict:
             off = {axis: switch_off(run, axis) for axis in AXES}
             runs.append({"name": run.summary["name"], "seed": run.seed, "points": points, "marks": marks, "off": off})
         groups.append({"name": arm, "colour": colour_of(number), "runs": runs})
-    axes = [{"key": axis, "name": AXIS_NAMES[axis]} for axis in AXES]
-    return {"metric": metric, "mode": mode, "targets": [*map(float, result["targets"])], "axes": axes, "arms": groups}
+    first = progress_axis(result)
+    axes = [{"key": axis, "name": AXIS_NAMES[axis]} for axis in (first, *(axis for axis in AXES if axis != first))]
+    shape = {"axes": axes, "log": _logarithmic(result, arms)}
+    return {"metric": metric, "mode": mode, "targets": [*map(float, result["targets"])], "arms": groups} | shape

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from w2s.curves import AXIS_NAMES, draw_curves, page_data
+from w2s.curves import AXIS_NAMES, draw_curves, page_data, progress_axis
 from w2s.runs import SCRIPTS, Run, settings
 
 __all__ = ["draw_curves", "write_html", "write_report"]
@@ -46,22 +46,23 @@ def _span(pair: list | None, show=number) -> str:
 def verdict(result: dict, arms: dict[str, list[Run]]) -> str:
     """The one sentence: the hardest target that both medians reach or that bounds the speedup, and the final metric."""
     metric, sign, reference = result["metric"], ">=" if result["mode"] == "max" else "<=", result["reference"]
+    unit = progress_axis(result)
     going = "Still going; so far: " if result.get("going") else ""
     clauses = []
     for arm in result["gain"]:
         entries = {tau: entry["versus"][arm] for tau, entry in result["targets"].items()}
         ended = _gain_text(result["gain"][arm]["final"], f"final {metric}")
-        reached = [tau for tau, v in entries.items() if v["epoch"]["speedup"] or v["epoch"]["lower_bound"]]
+        reached = [tau for tau, v in entries.items() if v[unit]["speedup"] or v[unit]["lower_bound"]]
         if not reached:
             clauses.append(f"{arm} shows no speedup over {reference}, for no target is reached by its median; {ended}")
             continue
         tau = reached[-1]
-        after, before = (result["targets"][tau][name]["epoch"] for name in (arm, reference))
+        after, before = (result["targets"][tau][name][unit] for name in (arm, reference))
         instead = number(before["median"]) if before["median"] is not None else "never within the run"
-        claims = " and ".join(_claim(entries[tau][axis], AXIS_NAMES[axis]) for axis in ("epoch", "train_seconds"))
+        claims = " and ".join(_claim(entries[tau][axis], AXIS_NAMES[axis]) for axis in (unit, "train_seconds"))
         counts = f"medians of {len(arms[reference])} and {len(arms[arm])} runs"
         clauses.append(
-            f"{arm} reaches {metric} {sign} {tau} at epoch {number(after['median'])} instead of {instead} ({counts}); "
+            f"{arm} reaches {metric} {sign} {tau} at {unit} {number(after['median'])} instead of {instead} ({counts}); "
             f"paired by seed, {claims}; {ended}"
         )
     return going + ". ".join(clauses) + "."
@@ -116,7 +117,7 @@ def _target_parts(result: dict, entry: dict, arms: dict[str, list[Run]]) -> list
     header = ["", "arm", "each run", "median", "min to max", "olympic mean"]
     rows = [
         [f"{kind}, {AXIS_NAMES[axis]}", arm, *_cells(part[arm][axis], [run.rows[-1].get(axis) for run in group])]
-        for axis in ("epoch", "train_seconds")
+        for axis in (progress_axis(result), "train_seconds")
         for kind, part in (("first", entry), ("confirmed", entry["confirmed"]))
         for arm, group in arms.items()
     ]

@@ -1,30 +1,36 @@
 #!/usr/bin/env bash
-# Detection from nothing to a measured speedup: weak teachers, 3 seeds of the student without and with them, the
-# comparison; for RetinaNet, then for Faster R-CNN. Safe to run again. OUTPUT chooses another folder.
+# Detection from nothing to a measured speedup: weak teachers, the student without and with them, the comparison; 3 seeds
+# of RetinaNet and a pair of Faster R-CNN (FASTERRCNN_SEEDS="0 1 2" for more). Safe to run again. OUTPUT chooses another
+# folder.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 output=${OUTPUT:-output}
-mkdir -p "$output"
 train() { python train_det.py -c "recipes/$1.yaml" --output "$output" --seed "$2" --resume auto "${@:3}"; }
 
-# both arms of a seed run side by side, each on its half of the cores, so that their seconds compare
+# two runs side by side, each on its half of the cores, so that their seconds compare
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-half=$((cores > 1 ? cores / 2 : 1))
+export OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1))
+logs=$output/digits_det-logs
+mkdir -p "$logs"
+side_by_side() { # RECIPE RECIPE SEED, and what the second one takes beside
+    train "$1" "$3" 2> "$logs/$1-seed$3.log" & first=$!
+    train "$2" "$3" "${@:4}" 2> "$logs/$2-seed$3.log" & second=$!
+    wait $first || { cat "$logs/$1-seed$3.log"; kill $second 2> /dev/null; exit 1; }
+    wait $second || { cat "$logs/$2-seed$3.log"; exit 1; }
+    tail -n 6 "$logs/$1-seed$3.log" "$logs/$2-seed$3.log" | grep -E "first@|done" || true
+}
+
+echo "The teachers, on a ResNet-10: RetinaNet and Faster R-CNN"
+side_by_side digits_det_teacher digits_det_fasterrcnn_teacher 0
 for name in digits_det digits_det_fasterrcnn; do
-    logs=$output/$name-compared
-    mkdir -p "$logs"
-    echo "$name: the teacher, on a ResNet-10"
-    train ${name}_teacher 0
-    for seed in 0 1 2; do
+    seeds="0 1 2"
+    [ $name = digits_det ] || seeds=${FASTERRCNN_SEEDS:-0}
+    baseline=() treated=()
+    for seed in $seeds; do
         echo "$name: the student, on a ResNet-26, seed $seed: alone and with the teacher"
-        OMP_NUM_THREADS=$half train ${name}_baseline $seed 2> "$logs/baseline-seed$seed.log" & baseline=$!
-        OMP_NUM_THREADS=$half train ${name}_w2s $seed --teacher "$output/${name}_teacher-seed0" \
-            2> "$logs/w2s-seed$seed.log" & w2s=$!
-        wait $baseline || { cat "$logs/baseline-seed$seed.log"; kill $w2s 2> /dev/null; exit 1; }
-        wait $w2s || { cat "$logs/w2s-seed$seed.log"; exit 1; }
-        tail -n 6 "$logs/baseline-seed$seed.log" "$logs/w2s-seed$seed.log" | grep -E "first@|done" || true
+        side_by_side ${name}_baseline ${name}_w2s "$seed" --teacher "$output/${name}_teacher-seed0"
+        baseline+=("$output/${name}_baseline-seed$seed") treated+=("$output/${name}_w2s-seed$seed")
     done
-    python -m w2s.compare --baseline "$output/${name}_baseline-seed"{0,1,2} --treated "$output/${name}_w2s-seed"{0,1,2} \
-        --out "$logs"
-    echo "$logs/curves.png"
+    python -m w2s.compare --baseline "${baseline[@]}" --treated "${treated[@]}" --out "$output/$name-compared"
+    echo "$output/$name-compared/curves.png"
 done

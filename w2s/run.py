@@ -126,6 +126,7 @@ class Run:
             "name": self.name,
             "status": "running",
             "seed": self.args.seed,
+            "kd_control": self.args.kd_control,
             "environment": environment(accelerator),
             **facts,
         }

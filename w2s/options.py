@@ -138,6 +138,7 @@ def add_run_options(parser: Parser) -> None:
     group.add_argument("--log-interval", type=positive_int, default=50, metavar="N", help="updates between log lines")
     group.add_argument("--log-with", choices=["wandb", "tensorboard", "all"], help="trackers beside metrics.csv")
     group.add_argument("--project", default="w2s", help="tracker project (default: w2s)")
+    group.add_argument("--group", metavar="NAME", help="W&B group, one for all arms (default: task, data and model)")
 
 
 def add_kd_options(parser: Parser, unit: str = "epochs", controls: Sequence[str] = ("shuffled", "random")) -> None:

@@ -15,7 +15,7 @@ FIELDS = dict.fromkeys(("task", "name", "status", "metric", "mode"), str) | {"ta
 FIELDS |= dict.fromkeys(("teacher", "kd_off", "environment"), dict | None)
 # options that change neither the training nor its cost; the targets are compared as numbers
 FREE = {
-    *("config", "output", "name", "seed", "target", "resume", "dry_run", "eval_only", "log_with", "project"),
+    *("config", "output", "name", "seed", "target", "resume", "dry_run", "eval_only", "log_with", "project", "group"),
     *("log_interval", "checkpoint_hist", "recovery_interval", "check_images", "validation_batch_size", "fd_cache"),
 }
 NEVER = ("task", "metric", "mode")  # a comparison across these means nothing, so --allow does not open them

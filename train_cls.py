@@ -25,6 +25,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from w2s.controls import Control, make_control, untrain
 from w2s.crossing import RunRecord
 from w2s.data import DIGITS_DEFAULTS, ImageData, load_data
 from w2s.loading import eval_loader, train_batches
@@ -97,7 +98,7 @@ def build_parser() -> Parser:
     add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
 
-    add_kd_options(parser)
+    add_kd_options(parser, controls=("shuffled", "uniform", "labels", "random"))
     add_optimizer_options(parser)
 
     group = parser.add_argument_group("training")
@@ -215,7 +216,9 @@ def build_mixup(args, num_classes: int) -> Mixup | None:
     )
 
 
-def train(job: Job, stop: int, batches: Iterator, criterion: nn.Module, mixup: Mixup | None) -> None:
+def train(
+    job: Job, stop: int, batches: Iterator, criterion: nn.Module, mixup: Mixup | None, control: Control | None = None
+) -> None:
     """Train until `stop` updates are done, or a signal asks to end."""
     args, device, accum = job.run.args, job.run.device, job.run.args.grad_accum_steps
     for _ in job.updates(stop):
@@ -236,7 +239,12 @@ def train(job: Job, stop: int, batches: Iterator, criterion: nn.Module, mixup: M
                 kd_loss = task_loss.new_zeros(())
                 loss = task_loss
                 if job.kd_weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), teacher and student on the same pixels
-                    kd_loss = kl_softmax(logits, job.teacher(images), job.kd_temperature)
+                    if control is None:
+                        teacher_logits = job.teacher(images)
+                    else:  # --kd-control: something else in its place
+                        place = job.update, micro
+                        teacher_logits = control.logits(job.teacher, images, targets, job.kd_temperature, place)
+                    kd_loss = kl_softmax(logits, teacher_logits, job.kd_temperature)
                     loss = task_loss + job.kd_weight * kd_loss
                 job.run.accelerator.backward(loss / accum)
             losses += torch.stack([loss, task_loss, kd_loss]).detach() / accum
@@ -267,11 +275,17 @@ def validate(model, dataset, args, accelerator) -> dict[str, float]:
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_loss": loss / count}
 
 
+def find_teacher(args, config: dict, data: ImageData, trained: bool = True) -> tuple[nn.Module, str]:
+    """The model of --teacher and where it comes from."""
+    return load_teacher(
+        *(args.teacher, args.teacher_model, args.teacher_kwargs),
+        *(data.num_classes, args.in_chans, config["input_size"][-1], trained),
+    )
+
+
 def set_up_teacher(args, run: Run, config: dict, data: ImageData) -> ImageTeacher:
     """The frozen teacher, fitted to the student's batches."""
-    model, source = load_teacher(
-        args.teacher, args.teacher_model, args.teacher_kwargs, data.num_classes, args.in_chans, config["input_size"][-1]
-    )
+    model, source = find_teacher(args, config, data)
     if args.teacher_model and "pretrained_cfg_overlay" not in args.teacher_kwargs:
         # nor of its normalisation: taken to be the student's
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
@@ -287,7 +301,8 @@ def flops_of(student: nn.Module, teacher: Teacher | None, args, config: dict, im
         return count_flops(lambda: model(batch).sum().backward() if train else model(batch)) * images // 2
 
     result = {"student_update": count(student, config["input_size"][-2:], True)}
-    result["teacher_forward"] = count(teacher.model, teacher.size, False) if teacher else 0
+    speaks = teacher and args.kd_control != "uniform"
+    result["teacher_forward"] = count(teacher.model, teacher.size, False) if speaks else 0
     return result
 
 
@@ -300,6 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     phase = early_phase(args, args.epochs, "max") if args.teacher else None
     run = Run(args, "cls")
     accelerator = run.accelerator
+    control = make_control(args, accelerator.process_index)
 
     # data and student
     data = load_data(args, config, args.num_classes, accelerator)
@@ -337,6 +353,8 @@ def main(argv: list[str] | None = None) -> None:
             switch=lambda: validate(teacher, data.switch, args, accelerator)["top1"],
             error=lambda top1: math.sqrt(top1 * (100 - top1) / max(data.facts["switch"], 1)),
         )
+        if args.kd_control == "random":
+            untrain(teacher, lambda: find_teacher(args, config, data, trained=False)[0], args.seed)
     flops = run.state["flops"] if run.state else flops_of(student, teacher, args, config, images)
 
     # precision, processes, compilation
@@ -372,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = train_batches(data.train, args, accelerator, job.update * accum, updates_per_epoch * accum)
     while job.update < total:
         stop, evaluation_due = job.next_stop(grid_point(job.update, updates_per_epoch, args.evals_per_epoch))
-        train(job, stop, batches, criterion, mixup)
+        train(job, stop, batches, criterion, mixup, control)
         with run.clock.paused():
             if evaluation_due and job.update == stop:
                 run.share_buffers(job.evaluated_model)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from w2s.boxes import DetectionSplit, eval_loader, train_batches
 from w2s.coco import DetectionData, load_detection
 from w2s.coco_eval import NUMBERS, draw_predictions, gather, record, shared_numbers, write_detections
+from w2s.controls import Control, make_control, untrain
 from w2s.crossing import RunRecord
 from w2s.detection import DETECTORS, TERMS, DetectorConfig, build_detector, export, load_detector
 from w2s.detection_kd import DetectorTeacher, distillation_terms, load_detector_teacher
@@ -197,7 +198,7 @@ def to_device(images: list[Tensor], targets: list[dict], device: torch.device) -
     return images, [{key: target[key].to(device, non_blocking=True) for key in keys} for target in targets]
 
 
-def train(job: Job, stop: int, batches: Iterator, names: tuple[str, ...]) -> None:
+def train(job: Job, stop: int, batches: Iterator, names: tuple[str, ...], control: Control | None = None) -> None:
     """Train until `stop` updates are done, or a signal asks to end; `names` are the distillation terms."""
     device, accum = job.run.device, job.run.args.grad_accum_steps
     for _ in job.updates(stop):
@@ -212,11 +213,12 @@ def train(job: Job, stop: int, batches: Iterator, names: tuple[str, ...]) -> Non
                 kd_loss = task_loss.new_zeros(())
                 loss = task_loss
                 if job.kd_weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), on the batch as the student resized it
-                    kd_parts = distillation_terms(seen, job.teacher(seen), job.kd_temperature)
+                    shown = control.shuffle_images(seen, (job.update, micro)) if control else seen  # --kd-control
+                    kd_parts = distillation_terms(seen, job.teacher(shown), job.kd_temperature)
                     kd_loss = sum(kd_parts.values())
                     loss = task_loss + job.kd_weight * kd_loss
                 job.run.accelerator.backward(loss / accum)
-            del seen  # its activations would stay through the next forward
+            shown = seen = None  # its activations would stay through the next forward
             losses += torch.stack([loss, task_loss, kd_loss, *parts.values(), *kd_parts.values()]).detach() / accum
         job.step(*losses)
 
@@ -296,6 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     phase = early_phase(args, args.epochs, "max") if args.teacher else None
     run = Run(args, "det")
     accelerator = run.accelerator
+    control = make_control(args, accelerator.process_index)
     if args.eval_only:
         evaluate_only(args, run, config, named)
         return
@@ -330,6 +333,8 @@ def main(argv: list[str] | None = None) -> None:
             # roughly: as that of a share of the images
             error=lambda score: math.sqrt(max(score, 0) * (100 - score) / data.facts["switch"]),
         )
+        if args.kd_control == "random":
+            untrain(teacher, lambda: build_detector(teacher.model.config), args.seed)
     flops = run.state["flops"] if run.state else flops_of(student, teacher, data, images)
 
     # precision, processes, compilation
@@ -368,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = train_batches(data.train, args, accelerator, job.update * accum, updates_per_epoch * accum)
     while job.update < total:
         stop, evaluation_due = job.next_stop(grid_point(job.update, updates_per_epoch, args.evals_per_epoch))
-        train(job, stop, batches, names)
+        train(job, stop, batches, names, control)
         with run.clock.paused():
             if evaluation_due and job.update == stop:
                 run.share_buffers(job.evaluated_model)

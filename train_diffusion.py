@@ -25,8 +25,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from w2s.checkpoint import check_writable
+from w2s.controls import Control, make_control, untrain
 from w2s.crossing import RunRecord
-from w2s.diffusion import build_denoiser, check_same, export, load_denoiser
+from w2s.diffusion import build_denoiser, check_same, export, load_denoiser, rebuild
 from w2s.frechet import (
     Statistics,
     cached_statistics,
@@ -202,7 +203,7 @@ def build_student(args, num_classes: int, process: DDPMScheduler) -> nn.Module:
     return student
 
 
-def train(job: Job, stop: int, batches: Iterator, process: DDPMScheduler) -> None:
+def train(job: Job, stop: int, batches: Iterator, process: DDPMScheduler, control: Control | None = None) -> None:
     """Train until `stop` updates are done, or a signal asks to end."""
     args, device, accum = job.run.args, job.run.device, job.run.args.grad_accum_steps
     place = job.run.accelerator.process_index, job.run.accelerator.num_processes
@@ -224,7 +225,10 @@ def train(job: Job, stop: int, batches: Iterator, process: DDPMScheduler) -> Non
                 loss = task_loss
                 if job.kd_weight > 0:  # L = L_task + lambda(u) L_kd, teacher and student at the same x_t and t
                     pair = prediction, job.teacher(x_t, t, labels)
-                    kd_loss = mse_epsilon(*(as_epsilon(process, output, x_t, t) for output in pair))
+                    epsilon, taught = (as_epsilon(process, output, x_t, t) for output in pair)
+                    if control:  # --kd-control
+                        taught = control.shuffle(taught, (update, micro))
+                    kd_loss = mse_epsilon(epsilon, taught)
                     loss = task_loss + job.kd_weight * kd_loss
                 job.run.accelerator.backward(loss / accum)
             losses += torch.stack([loss, task_loss, kd_loss]).detach() / accum
@@ -334,6 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     process = noise_schedule(args.betas, args.diffusion_steps, args.prediction)
     run = Run(args, "diffusion")
     accelerator = run.accelerator
+    control = make_control(args, accelerator.process_index)
 
     # data and student
     data = load_pixels(args, accelerator)
@@ -375,6 +380,8 @@ def main(argv: list[str] | None = None) -> None:
             switch=lambda: judge.switch_distance(teacher),
             mode="min",
         )
+        if args.kd_control == "random":
+            untrain(teacher, lambda: rebuild(teacher.model), args.seed)
     flops = run.state["flops"] if run.state else flops_of(student, teacher, args, images)
 
     # precision, processes, compilation
@@ -412,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
     picture = run.folder / "samples.png" if run.keeps and run.is_main else None
     while job.update < total:
         stop, evaluation_due = job.next_stop((job.update // args.eval_interval + 1) * args.eval_interval)
-        train(job, stop, batches, process)
+        train(job, stop, batches, process, control)
         with run.clock.paused():
             if evaluation_due and job.update == stop:
                 metrics = judge.validate(job.evaluated_model.eval(), picture)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up, lint, run all tests, a file on each core. Arguments go to pytest.
 set -euo pipefail
-. "$(dirname "$0")/../recipes/setup.sh" pytest pytest-xdist ruff pycocotools
+. "$(dirname "$0")/../recipes/setup.sh" pytest pytest-xdist ruff pycocotools wandb-workspaces
 ruff check .
 python -m pytest -q --durations=10 --numprocesses logical --maxprocesses 8 --dist loadfile "$@"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -681,3 +682,44 @@ def test_the_comparison_is_logged_as_a_run_of_its_own(tmp_path, arms, drawing):
     logged = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("wandb/offline-run-*/run-*.wandb"))
     for text in (b"speedup@60/treated/epoch", b"digits-group", b"curves", b"report", b"speedups"):
         assert text in logged
+
+
+def test_speedup_against_the_strength_of_the_teacher(tmp_path, drawing, capsys):
+    """The reference ends at 62 in the median; teachers of 67.5 and 55; the weaker one helps less."""
+    alone = write_runs(tmp_path, "alone", BASELINE)
+    for name, curves, report in (("strong", TREATED, 67.5), ("weak", BASELINE, 55.0)):
+        write_runs(tmp_path, name, curves, teacher=TEACHER | {"report": report})
+    middle = sorted(curve[-1] for curve in BASELINE)[1]
+    words = [f"--arm={name}={tmp_path}/{name}-*" for name in ("alone", "strong", "weak")]
+    assert main([*words, "--strength", "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "speedup.json").read_text())
+    assert [(point["arm"], point["gap"]) for point in found["strength"]] == [
+        ("strong", middle - 67.5),
+        ("weak", middle - 55.0),
+    ]
+    for point in found["strength"]:
+        versus = found["targets"]["60"]["versus"][point["arm"]]["epoch"]
+        assert point["speedup"]["60"]["epoch"]["value"] == versus["geometric_mean"]
+        assert point["speedup"]["60"]["epoch"]["interval"] == versus["interval"]
+    assert found["strength"][1]["speedup"]["60"]["epoch"]["value"] == pytest.approx(1)
+    image = matplotlib.image.imread(tmp_path / "out" / "strength.png")
+    assert near(image, "#1f77b4").any()  # matplotlib's first colour
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Speedup against the teacher's strength" in text and "![strength](strength.png)" in text
+    assert "strength" in (tmp_path / "out" / "report.html").read_text()
+
+    capsys.readouterr()
+    check_one = [*words[:2], "--strength", "--out", str(tmp_path / "other")]
+    assert main(check_one) == 2
+    assert "at least two arms with a teacher" in capsys.readouterr().err
+    assert len(alone) == 3 and not (tmp_path / "other").exists()
+
+
+def test_arms_may_differ_in_their_control_but_an_arm_may_not(tmp_path, arms, capsys):
+    for folder in arms[1][1:]:  # the first is as a run from before there were controls
+        set_option(folder, kd_control="shuffled")
+    message = "the runs of arm treated differ in kd_control: None in "
+    check_refused(tmp_path, capsys, command(*arms, tmp_path / "out"), message)
+    set_option(arms[1][0], kd_control="shuffled")
+    assert main(command(*arms, tmp_path / "out")) == 0
+    assert re.search(r"\| kd_control +\| none +\| shuffled +\|", capsys.readouterr().out)

@@ -658,6 +658,22 @@ def test_tracker_summary_holds_best_last_and_every_axis_of_each_crossing():
     }  # fmt: skip
 
 
+def test_the_gap_to_the_teacher_is_positive_while_it_is_better():
+    for mode, teacher, gap in (("max", 72.0, 2.0), ("max", 69.5, -0.5), ("min", 68.0, 2.0)):
+        made = record(None, mode=mode, facts={"teacher": {"switch": teacher}})
+        values = made.tracker_values({"update": 10, "epoch": 1.0, "train_seconds": 5.0, "switch_top1": 70.0})
+        assert [values[key] for key in ("eval/teacher_gap", "by_train_seconds/teacher_gap")] == [gap, gap]
+        assert "eval/teacher_gap" not in made.tracker_values({"update": 20, "epoch": 2.0, "top1": 70.0})
+
+
+def test_tracker_summary_holds_the_teachers_scores_and_its_end():
+    facts = {"teacher": {"switch": 72.0, "report": 71.0}, "kd_off": {"epoch": 2.0, "update": 20, "reason": "surpass"}}
+    assert record(None, facts=facts).tracker_summary() == {
+        "teacher/switch": 72.0, "teacher/report": 71.0,
+        "kd_off/epoch": 2.0, "kd_off/update": 20, "kd_off/reason": "surpass",
+    }  # fmt: skip
+
+
 def test_tracker_summary_leaves_out_censored_targets():
     assert filled(None, CURVE[:1], targets=[65.0, 80.0]).tracker_summary() == {"best": 50.0, "last": 50.0}
 

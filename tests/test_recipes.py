@@ -21,6 +21,7 @@ from conftest import ROOT, call_script, words
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import train_cls
 import train_det
 from w2s.detection import build_detector
 from w2s.detection import export as export_detector
@@ -412,3 +413,79 @@ def test_slurm_does_not_repeat_bad_input(cluster, tmp_path):
     assert (code, calls) == (2, ["srun"]), said
     assert "bach-size" in said
     assert not (tmp_path / "out").exists()
+
+
+# ---- the recipes that run many arms ----
+
+# for python: notes what it is asked to train or compare and does nothing
+NOTES = """#!/usr/bin/env bash
+case "$1" in
+    -c) exec "$REAL" "$@" ;;
+    *) echo "$*" >> "$CALLS"; [[ "$*" != *"$FAILS"* ]] || { echo "error: as told" >&2; exit 2; } ;;
+esac
+"""
+
+
+def many(tmp_path: Path, script: str, *argv: str, **env: object) -> tuple[list[str], subprocess.CompletedProcess]:
+    """What a script would run, in the order of its words."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "python").write_text(NOTES)
+    (tools / "python").chmod(0o755)
+    here = {"TOOLS": tools, "CALLS": tmp_path / "calls", "REAL": sys.executable, "VIRTUAL_ENV": sys.prefix}
+    env = {"OUTPUT": tmp_path / "out", "SEEDS": "0 1", "FAILS": "nothing"} | here | env
+    done = bash('PATH=$TOOLS:$PATH; bash "recipes/$@"', script, *argv, **env)
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    return [call for call in calls if not call.startswith("-m pip")], done
+
+
+def parsed(calls: list[str]) -> list:
+    """The trainings among calls, through the script's own parser."""
+    return [train_cls.build_parser().parse_recipe(call.split()[1:]) for call in calls if call.startswith("train_cls")]
+
+
+def test_controls_runs_every_arm_and_compares_them(tmp_path):
+    calls, done = many(tmp_path, "controls.sh")
+    assert done.returncode == 0, done.stderr
+    teacher, *runs = parsed(calls)
+    assert (teacher.name, Path(teacher.config).stem) == (None, "digits_teacher")
+    found = {run.name: (run.kd_control, run.kd_off, bool(run.teacher), run.seed) for run in runs}
+    arms = {"baseline": (None, "surpass", False), "w2s": (None, "surpass", True)}
+    arms |= {kind: (kind, "surpass", True) for kind in ("shuffled", "uniform", "labels", "random")}
+    arms |= {"never": (None, "never", True), "fixed": (None, 8.0, True)}
+    assert found == {f"digits_{arm}-seed{seed}": (*facts, seed) for arm, facts in arms.items() for seed in (0, 1)}
+    assert {run.teacher for run in runs} == {None, f"{tmp_path}/out/digits_teacher-seed0"}
+    assert all(run.resume == "auto" for run in (teacher, *runs))
+    compared = [f"--arm {arm}={tmp_path}/out/digits_{arm}-seed{seed}" for arm in arms for seed in (0, 1)]
+    assert calls[-1] == f"-m w2s.compare {' '.join(compared)} --out {tmp_path}/out/digits_controls"
+
+
+def test_controls_on_cifar10_hands_on_options_and_adds_a_short_schedule(tmp_path):
+    calls, done = many(tmp_path, "controls.sh", "cifar10", "--dataset", "hfds/here", SEEDS=3)
+    assert done.returncode == 0, done.stderr
+    runs = parsed(calls)
+    assert {run.dataset for run in runs} == {"hfds/here"} and len(runs) == 10
+    assert {run.name: run.epochs for run in runs}["cifar10_cpu_short-seed3"] == 4
+    assert "short" not in calls[-2] and "--allow epochs grid" in calls[-1] and "short" in calls[-1]
+
+
+def test_controls_stops_where_a_run_fails(tmp_path):
+    calls, done = many(tmp_path, "controls.sh", FAILS="--kd-control labels", SEEDS=0)
+    assert done.returncode == 1 and done.stderr == "error: as told\n"
+    assert not [call for call in calls if "w2s.compare" in call]
+    assert bash("bash recipes/controls.sh imagenet", OUTPUT=tmp_path / "no").returncode == 2
+    assert not (tmp_path / "no").exists()
+
+
+def test_teacher_strength_gives_each_arm_a_teacher_of_its_own(tmp_path):
+    calls, done = many(tmp_path, "teacher_strength.sh", TEACHERS="1:300 12:1000", SEEDS="4 5")
+    assert done.returncode == 0, done.stderr
+    runs = {run.name: run for run in parsed(calls)}
+    for epochs, images in ((1, 300), (12, 1000)):
+        arm = f"{epochs}epochs-{images}"
+        teacher = runs[f"digits_teacher-{arm}"]
+        assert (teacher.epochs, teacher.train_samples) == (epochs, images)
+        assert runs[f"digits_w2s-{arm}-seed5"].teacher == f"{tmp_path}/out/digits_teacher-{arm}"
+    assert len(runs) == 2 + 3 * 2
+    assert calls[-1].startswith(f"-m w2s.compare --arm baseline={tmp_path}/out/digits_baseline-seed4 ")
+    assert "--arm 12epochs-1000=" in calls[-1] and " --strength " in calls[-1]

@@ -492,12 +492,14 @@ FEATURES = {
     "grad-accum": "--grad-accum-steps 2 --batch-size 16",
     "momentum": "--opt sgd --lr 0.1",
     "teacher": "--kd-warmup 0.25 --kd-hold 0.25 --kd-decay 0.5 --kd-patience 9",
+    "shuffled": "--kd-warmup 0.25 --kd-control shuffled --grad-accum-steps 2 --batch-size 16",
+    "random": "--kd-warmup 0.25 --kd-control random",
 }
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_resume_within_an_epoch_ends_in_the_same_bits(feature, tmp_path, tiny_teacher):
-    command = words("--epochs 1", FEATURES[feature], ["--teacher", tiny_teacher] if feature == "teacher" else [])
+    command = words("--epochs 1", FEATURES[feature], ["--teacher", tiny_teacher] if "--kd" in FEATURES[feature] else [])
     with forwards() as seen:
         whole = run(tmp_path, "whole", command)
     with forwards() as mine:

@@ -1,6 +1,7 @@
 """train_det.py end to end on a handful of tiny canvases: both detectors, both arms, silence, faults, bad input."""
 
 import json
+import re
 import shutil
 import signal
 from unittest import mock
@@ -298,3 +299,13 @@ def test_args_yaml_is_a_recipe(baseline, digits_det):
     args = train_det.build_parser().parse_recipe(["-c", str(baseline / "args.yaml")])
     assert args.data == str(digits_det) and args.strides == [8, 16] and args.extra_levels == 0
     assert yaml.safe_load((baseline / "args.yaml").read_text())["norm"] == "gn"
+
+
+def test_controls_teach_in_the_teachers_place(digits_det, teacher, tmp_path, capsys):
+    """A few updates each; the term is there, and another one each time."""
+    terms = set()
+    for kind in ("--kd-control shuffled", "--kd-control random"):
+        options = ["--kd-warmup 0 --log-interval 1 --dry-run --data", digits_det, "--teacher", teacher, kind]
+        call_script(train_det.main, DETECT, *options, "--output", tmp_path)
+        terms.add(tuple(re.findall(r"x kd (\S+)", capsys.readouterr().err)))
+    assert len(terms) == 2 and all(len(run) == 3 and all(float(term) > 0 for term in run) for run in terms)

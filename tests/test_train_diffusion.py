@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -421,3 +422,12 @@ def test_distance_without_any_inception_weights_says_what_to_do(tmp_path):
     with mock.patch(where, side_effect=OSError("no route")), pytest.raises(InputError, match="--fd-features RUN"):
         call_script(train_diffusion.main, SMALL, UNET, "--name run --output", tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_controls_teach_in_the_teachers_place(run, tmp_path, baseline, capsys):
+    """A few updates each; the term is there, and another one each time."""
+    terms = set()
+    for kind in ("--kd-control shuffled", "--kd-control random"):
+        run(tmp_path, "run", "--kd-warmup 0 --log-interval 1 --dry-run --teacher", baseline[0], kind)
+        terms.add(tuple(re.findall(r"x kd (\S+)", capsys.readouterr().err)))
+    assert len(terms) == 2 and all(len(run) == 3 and all(float(term) > 0 for term in run) for run in terms)

@@ -21,8 +21,9 @@ from w2s.options import InputError
 
 # options that may change when a run is resumed: they do not change what it computes
 FREE_OPTIONS = (
-    *("config", "output", "name", "resume", "dry_run", "eval_only", "log_with", "project", "log_interval"),
-    *("checkpoint_hist", "recovery_interval", "workers", "check_images", "validation_batch_size", "fd_cache"),
+    *("config", "output", "name", "resume", "dry_run", "eval_only", "log_with", "project", "group"),
+    *("log_interval", "checkpoint_hist", "recovery_interval", "workers", "check_images", "validation_batch_size"),
+    "fd_cache",
 )
 
 

@@ -16,6 +16,7 @@ from w2s.crossing import replacing
 from w2s.report import draw_curves, write_html, write_report
 from w2s.runs import Run, choose_targets, read_run
 from w2s.speedup import compare
+from w2s.strength import draw_strength, strength_points
 
 RESERVED = ("speedup", "lower_bound", "confirmed", "versus")  # keys beside the arms in speedup.json
 
@@ -27,10 +28,13 @@ def write_all(result: dict, arms: dict[str, list[Run]], out: Path, command: str)
     names = ("speedup.json", "report.md", "report.html", "curves.png")
     with replacing(out / names[0]) as table, replacing(out / names[1]) as text, replacing(out / names[2]) as page:
         json.dump(result, table, indent=2, allow_nan=False)
-        text.write(report + "\n![curves](curves.png)\n")
+        text.write(report + "\n![curves](curves.png)\n" + "![strength](strength.png)\n" * ("strength" in result))
         page.write(write_html(result, arms, command))
         with replacing(out / names[3]) as image:
             draw_curves(result, arms, image.buffer)
+    if "strength" in result:
+        with replacing(out / "strength.png") as image:
+            draw_strength(result, image.buffer)
     return report
 
 
@@ -45,6 +49,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", nargs="+", type=float, metavar="TAU", help="instead of the targets of the runs")
     parser.add_argument("--margin", type=float, help="how much worse the metric may end and still be non-inferior")
     parser.add_argument("--allow", nargs="+", default=[], metavar="NAME", help="settings that may differ all the same")
+    parser.add_argument(
+        "--strength",
+        action="store_true",
+        help="arms differ in their teachers: draw speedup against the teacher's gap, too",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the four files go")
     parser.add_argument(
         "--watch", nargs="?", const=30.0, type=float, metavar="SECONDS", help="refresh until all runs are finished (30)"
@@ -98,6 +107,8 @@ def watch(args: argparse.Namespace, command: str) -> None:
         if all(arms.values()):
             runs = [run for group in arms.values() for run in group]
             result = compare(arms, choose_targets(runs, args.target), args.margin, args.allow, going=True)
+            if args.strength:
+                result["strength"] = strength_points(result, arms)
             result["going"] = going
             print(write_all(result, arms, args.out, command), flush=True)
         print(f"{len(going)} runs going, {waiting} not yet to be read; next look in {args.watch:g} s", flush=True)
@@ -149,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
         arms = {arm: [*map(read_run, folders)] for arm, folders in find_arms(args).items()}
         targets = choose_targets([run for group in arms.values() for run in group], args.target)
         result = compare(arms, targets, args.margin, args.allow)
+        if args.strength:
+            result["strength"] = strength_points(result, arms)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -235,6 +235,9 @@ class RunRecord:
     def tracker_values(self, row: dict) -> dict:
         """A row as tracker scalars: `eval/NAME`, and the metrics again under one prefix for each other x-axis."""
         known = {k: v for k, v in row.items() if v is not None}
+        teacher, switch = self.facts.get("teacher"), known.get(f"switch_{self.metric}")
+        if teacher and switch is not None:  # how much better the teacher is on the switch split; below 0: surpassed
+            known["teacher_gap"] = (teacher["switch"] - switch) * (1 if self.mode == "max" else -1)
         metrics = {k: v for k, v in known.items() if k not in COLUMNS}
         values = {axis: known[axis] for axis in TRACKER_AXES if axis in known}
         values |= {f"eval/{k}": v for k, v in known.items() if k not in TRACKER_AXES}
@@ -243,9 +246,12 @@ class RunRecord:
         return values
 
     def tracker_summary(self) -> dict:
-        """Final values of a run for a tracker's summary: best, last, crossings on each axis (absent if censored)."""
+        """Final values of a run for a tracker's summary: best, last, crossings on each axis (absent if censored), the
+        teacher's scores and where and why it fell silent."""
         summary = self.summary()
         values = {"best": summary["best"], "last": summary["last"]}
+        values |= {f"teacher/{split}": (summary.get("teacher") or {}).get(split) for split in ("switch", "report")}
+        values |= {f"kd_off/{key}": value for key, value in (summary.get("kd_off") or {}).items()}
         for tau, kinds in summary["targets"].items():
             for kind, crossing in kinds.items():
                 values |= {f"{kind}@{tau}/{axis}": v for axis, v in (crossing or {}).items()}

@@ -170,6 +170,11 @@ def build_denoiser(
         raise InputError(f"cannot build denoiser '{name}': {' '.join(str(error).split())}") from None
 
 
+def rebuild(model: UNet | ViT) -> UNet | ViT:
+    """A denoiser of the same architecture, before any training."""
+    return UNet.from_config(model.config) if isinstance(model, UNet) else ViT(**model.config)
+
+
 def export(model: UNet | ViT, scheduler: DDPMScheduler, folder: Path) -> None:
     """Write a denoiser and its process into `folder`, complete or as it was before.
 

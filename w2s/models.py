@@ -140,8 +140,8 @@ def find_model(path: str) -> Path:
     raise InputError(f"{path} holds no exported model (model/model.safetensors and config.json){hint}")
 
 
-def load_folder(folder: Path) -> nn.Module:
-    """A model with its weights from an export.
+def load_folder(folder: Path, trained: bool = True) -> nn.Module:
+    """A model with its weights from an export, or as it was before any training.
 
     Raises:
         InputError: broken config, unknown architecture, or weights that are truncated or do not fit.
@@ -150,7 +150,8 @@ def load_folder(folder: Path) -> nn.Module:
         model = timm.create_model(f"local-dir:{folder}")
     except Exception as error:
         raise InputError(f"cannot build the model of {folder}: {type(error).__name__}: {_one_line(error)}") from None
-    load_weights(model, folder / "model.safetensors")
+    if trained:
+        load_weights(model, folder / "model.safetensors")
     return model
 
 

@@ -138,10 +138,11 @@ def add_run_options(parser: Parser) -> None:
     group.add_argument("--log-interval", type=positive_int, default=50, metavar="N", help="updates between log lines")
     group.add_argument("--log-with", choices=["wandb", "tensorboard", "all"], help="trackers beside metrics.csv")
     group.add_argument("--project", default="w2s", help="tracker project (default: w2s)")
+    group.add_argument("--group", metavar="NAME", help="W&B group, one for all arms (default: task, data and model)")
 
 
-def add_kd_options(parser: Parser, unit: str = "epochs") -> None:
-    """The method: the teacher and its early phase."""
+def add_kd_options(parser: Parser, unit: str = "epochs", controls: Sequence[str] = ("shuffled", "random")) -> None:
+    """The method: the teacher and its early phase; `controls` are those that a task knows, see w2s.controls."""
     group = parser.add_argument_group("distillation (off without --teacher)")
     group.add_argument(
         "--teacher",
@@ -163,6 +164,11 @@ def add_kd_options(parser: Parser, unit: str = "epochs") -> None:
     group.add_argument("--kd-patience", type=positive_int, default=2, help="evaluations in a row to win (default: 2)")
     group.add_argument(
         "--kd-off", type=_kd_off, default="surpass", metavar="WHEN", help=f"surpass, never, or a number of {unit}"
+    )
+    group.add_argument(
+        "--kd-control",
+        choices=controls,
+        help="what takes the teacher's place in the term, as a control; see w2s/controls.py",
     )
     group.add_argument(
         "--switch-split",

@@ -107,10 +107,33 @@ def sections(result: dict, arms: dict[str, list[Run]], command: str) -> list[Sec
     gain = Table(["", "arm", "mean gain", "95 % interval", "p", margin if result["margin"] is not None else ""], gains)
     said = "Gain over the reference, positive is better:"
     found.append((f"Final and best {metric}", [Table(header, rows), said, gain]))
+    if "strength" in result:
+        found.append(("Speedup against the teacher's strength", _strength_parts(result)))
     found.append(("What the teacher cost", _cost_parts(result, arms)))
     found.append(("Conditions", _conditions(result, arms)))
     found.append(("Settings and commands", _settings_parts(arms, command)))
     return found
+
+
+def _strength_parts(result: dict) -> list[Part]:
+    metric, axes = result["metric"], {"epoch": "epochs", "train_seconds": "train seconds"}
+    rows = [
+        [
+            point["arm"],
+            number(point["teacher"]),
+            number(point["gap"]),
+            tau,
+            *(_paired_cell(found[axis]) for axis in axes),
+        ]
+        for point in result["strength"]
+        for tau, found in point["speedup"].items()
+    ]
+    return [Table(["arm", f"teacher {metric}", "gap", "target", *axes.values()], rows)]
+
+
+def _paired_cell(found: dict) -> str:
+    value, bound, span = found["value"], found["lower_bound"], found["interval"]
+    return times(bound, "> ") if value is None else times(value) + (f" ({_span(span, times)})" if span else "")
 
 
 def _target_parts(result: dict, entry: dict, arms: dict[str, list[Run]]) -> list[Part]:

@@ -26,7 +26,7 @@ from w2s.checkpoint import Finished, load_checkpoint, locate, plain, save_checkp
 from w2s.crossing import Clock, RunRecord, replacing
 from w2s.options import InputError
 from w2s.order import mix_seed
-from w2s.trackers import check_trackers, close_trackers, start_trackers
+from w2s.trackers import check_trackers, close_trackers, default_group, start_trackers
 
 
 class NonFiniteLoss(Exception):
@@ -130,9 +130,11 @@ class Run:
             "name": self.name,
             "status": "running",
             "seed": self.args.seed,
+            "kd_control": self.args.kd_control,
             "environment": environment(accelerator),
             **facts,
         }
+        self.args.group = self.args.group or default_group(self.args, self.task)
         writes = self.keeps and self.is_main
         if writes:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +152,7 @@ class Run:
             self.tracker_id = self.state["tracker_id"]
         if accelerator.log_with:
             options = plain(vars(self.args))
-            start_trackers(accelerator, self.args.project, self.name, self.tracker_id, self.folder, options)
+            start_trackers(accelerator, self.task, self.name, self.tracker_id, self.folder, options)
         self.record = record(self.folder if writes else None, facts, accelerator.log if accelerator.trackers else None)
         self.record.rewrite(self.state["rows"] if self.state else None)
         self.record.write_summary()
@@ -249,7 +251,8 @@ class Run:
     def finish(self, status: str) -> None:
         """Write the final status, close trackers and log."""
         self.record.write_summary(status=status)
-        close_trackers(self.accelerator, self.record.tracker_summary() | {"status": status})
+        facts = {"status": status, "metric": self.record.metric, "mode": self.record.mode}
+        close_trackers(self.accelerator, self.record.tracker_summary() | facts)
         if self._log_file:
             self._log_file.close()
             self._log_file = None

@@ -15,7 +15,7 @@ FIELDS = dict.fromkeys(("task", "name", "status", "metric", "mode"), str) | {"ta
 FIELDS |= dict.fromkeys(("teacher", "kd_off", "environment"), dict | None)
 # options that change neither the training nor its cost; the targets are compared as numbers
 FREE = {
-    *("config", "output", "name", "seed", "target", "resume", "dry_run", "eval_only", "log_with", "project"),
+    *("config", "output", "name", "seed", "target", "resume", "dry_run", "eval_only", "log_with", "project", "group"),
     *("log_interval", "checkpoint_hist", "recovery_interval", "check_images", "validation_batch_size", "fd_cache"),
 }
 NEVER = ("task", "metric", "mode")  # a comparison across these means nothing, so --allow does not open them
@@ -181,8 +181,8 @@ def _check_arm(arm: str, group: list[Run], going: bool) -> None:
             what = "no seed" if run.seed is None else f"seed {run.seed} twice"
             raise ValueError(f"arm {arm} has {what} ({run.folder}), so that its runs cannot be paired")
         one, other = _teaching(first), _teaching(run)
-        if name := next((name for name in one if one[name] != other.get(name)), None):
-            values = f"{one[name]!r} in {first.folder}, {other.get(name)!r} in {run.folder}"
+        if name := next((name for name in one | other if one.get(name) != other.get(name)), None):
+            values = f"{one.get(name)!r} in {first.folder}, {other.get(name)!r} in {run.folder}"
             raise ValueError(f"the runs of arm {arm} differ in {name}: {values}")
         if not _same_grid(first, run, going):
             raise ValueError(f"the runs differ in the epochs of their evaluations: {first.folder}, {run.folder}")

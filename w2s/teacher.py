@@ -16,9 +16,15 @@ from w2s.options import InputError
 
 
 def load_teacher(
-    spec: str, model_name: str | None, model_kwargs: dict, num_classes: int, in_chans: int, img_size: int
+    spec: str,
+    model_name: str | None,
+    model_kwargs: dict,
+    num_classes: int,
+    in_chans: int,
+    img_size: int,
+    trained: bool = True,
 ) -> tuple[nn.Module, str]:
-    """The model that `--teacher` means, with its weights, and where they come from.
+    """The model that `--teacher` means, with its weights (random ones if not `trained`), and where they come from.
 
     `spec` is a run folder (its model/, or best/ named directly) or another exported folder, a weights file with
     `model_name`, the name of a timm model with pretrained weights, `hf-hub:NAME` or `local-dir:FOLDER`.
@@ -31,16 +37,17 @@ def load_teacher(
         if not model_name:
             raise InputError(f"--teacher {spec} is a weights file: name its architecture with --teacher-model")
         model = create_model(model_name, num_classes, in_chans, img_size, model_kwargs=model_kwargs)
-        load_weights(model, path)
+        if trained:
+            load_weights(model, path)
         if "pretrained_cfg_overlay" not in model_kwargs:  # a bare file says nothing of its input: the student's size
             model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (in_chans, img_size, img_size)}
     elif model_name or model_kwargs:
         raise InputError(f"--teacher-model and --teacher-kwargs go with a weights file, but --teacher {spec} is none")
     elif path.is_dir():
         path = find_model(str(path))
-        model = load_folder(path)
+        model = load_folder(path, trained)
     elif spec.startswith("hf-hub:") or ("/" not in spec and timm.is_model(spec.partition(".")[0])):
-        model, path = _pretrained(spec), spec
+        model, path = _of_timm(spec, trained), spec
     else:
         raise InputError(f"--teacher {spec}: no such run folder or file, and no timm model of that name")
     if model.num_classes != num_classes:
@@ -51,9 +58,9 @@ def load_teacher(
     return model, str(path)
 
 
-def _pretrained(name: str) -> nn.Module:
+def _of_timm(name: str, trained: bool) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=True)
+        return timm.create_model(name, pretrained=trained)
     except Exception as error:  # the hub raises many kinds
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise InputError(f"cannot load pretrained teacher '{name}': {type(error).__name__}: {reason}") from None

@@ -37,16 +37,36 @@ def _wandb_key(wandb) -> str | None:
         return None
 
 
-def start_trackers(accelerator: accelerate.Accelerator, project: str, name: str, key: str, folder: Path, options: dict):
+def default_group(args, task: str) -> str:
+    """What the runs of one comparison have in common: task, data and student; its teachers are another student."""
+    given = (getattr(args, name, None) for name in ("dataset", "data", "data_dir", "train_json"))
+    data = next(filter(None, given), "")
+    return "-".join(filter(None, (task, Path(data).name, Path(args.model).name)))[:128]
+
+
+def arm_of(options: dict) -> str:
+    """The arm that a run belongs to, by its options: baseline, w2s or its control, and when distillation ends."""
+    if not options["teacher"]:
+        return "baseline"
+    off = options["kd_off"]
+    when = "" if off == "surpass" else "-never-off" if off == "never" else f"-off-at-{off:g}"
+    return (options["kd_control"] or "w2s") + when
+
+
+def start_trackers(accelerator: accelerate.Accelerator, task: str, name: str, key: str, folder: Path, options: dict):
     """Open the trackers of a run; a resumed one, known by `key`, goes on where it was.
+
+    In W&B its arm is the job type, and arm, task and seed are tags.
 
     Raises:
         InputError: a tracker refuses.
     """
     config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in options.items()}
-    wandb_options = {"name": name, "id": key, "resume": "allow", "dir": str(folder)}
+    arm = arm_of(options)
+    wandb_options = {"name": name, "id": key, "resume": "allow", "dir": str(folder), "group": options["group"]}
+    wandb_options |= {"job_type": arm, "tags": [arm, task, f"seed-{options['seed']}"]}
     try:
-        accelerator.init_trackers(project, config, {"wandb": wandb_options})
+        accelerator.init_trackers(options["project"], config, {"wandb": wandb_options})
     except Exception as error:  # wandb: a wrong key, no network
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise InputError(f"trackers: {reason}; WANDB_MODE=offline needs no server") from None

@@ -289,6 +289,7 @@ class Job:
                 f"distillation: lambda {args.kd_weight:g} (warm-up {args.kd_warmup:g}, hold {args.kd_hold:g}, decay "
                 f"{args.kd_decay:g} {self.unit}s), T {args.kd_temperature[0]:g} to {args.kd_temperature[-1]:g}; "
                 f"off ({args.kd_off}): {beat}"
+                + (f"; in the teacher's place: --kd-control {args.kd_control}" if args.kd_control else "")
             )
         elif self.phase:
             run.log(f"distillation: over ({self.phase.reason}); the teacher is not loaded")

@@ -49,16 +49,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(tokens + list(sys.argv[1:] if argv is None else argv))
 
     def _recipe_tokens(self, path: Path) -> list[str]:
-        try:
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise InputError(f"recipe {path} is no text file") from None
-        except yaml.YAMLError as error:
-            raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(recipe, dict):
-            raise InputError(f"{path} must be a mapping of options, not a {type(recipe).__name__}")
+        recipe = read_recipe(path)
         actions = {option[2:]: action for option, action in self._option_string_actions.items() if option[:2] == "--"}
         tokens = []
         for key, value in recipe.items():
@@ -70,6 +61,25 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"{path}: unknown key '{key}'" + (f", did you mean '{close[0]}'?" if close else ""))
             tokens += _tokens(path, key, action, value)
         return tokens
+
+
+def read_recipe(path: Path) -> dict:
+    """The keys and values of a recipe.
+
+    Raises:
+        InputError: it cannot be read or is no mapping.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"recipe {path} is no text file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise InputError(f"{path} must be a mapping of options, not a {type(recipe).__name__}")
+    return recipe
 
 
 def _tokens(path: Path, key: str, action: argparse.Action, value: object) -> list[str]:

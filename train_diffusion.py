@@ -31,10 +31,10 @@ from w2s.diffusion import build_denoiser, check_same, export, load_denoiser, reb
 from w2s.frechet import (
     Statistics,
     cached_statistics,
-    extract,
     frechet_distance,
     kernel_distance,
     load_features,
+    measure,
     metric_labels,
 )
 from w2s.loading import train_batches
@@ -265,8 +265,7 @@ class Judge:
         return cached_statistics(self.folder, key, lambda: self._statistics(images, len(images)), self.accelerator)
 
     def _statistics(self, images, count: int) -> Statistics:
-        features = extract(self.features, images, count, self.accelerator, self.args.validation_batch_size)
-        return Statistics.of(features, self.accelerator.device)
+        return measure(self.features, images, count, self.accelerator, self.args.validation_batch_size)
 
     def samples(self, model: nn.Module, stream: int) -> Tensor | None:
         """--fd-samples images (8 in a dry run); a stream's noise is the same at every evaluation and in all arms."""

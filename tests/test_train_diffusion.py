@@ -357,12 +357,12 @@ def test_teacher_whose_samples_are_not_finite_is_refused(run, teacher, tmp_path)
 
 
 def test_only_what_is_compared_with_is_measured(tiny_teacher, tmp_path):
-    with mock.patch("train_diffusion.extract", wraps=train_diffusion.extract) as extract:
+    with mock.patch("train_diffusion.measure", wraps=train_diffusion.measure) as measure:
         options = ["--fd-features", tiny_teacher, "--fd-cache", tmp_path / "cache"]
         call_script(
             train_diffusion.main, SMALL, UNET, "--updates 1 --switch-split 0.1 --name run --output", tmp_path, options
         )
-    assert [call.args[2] for call in extract.call_args_list] == [64, 12]  # the training images, the samples
+    assert [call.args[2] for call in measure.call_args_list] == [64, 12]  # the training images, the samples
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def build_parser() -> Parser:
     group.add_argument("--data-dir", metavar="DIR", help="image folder with train/, or root of the dataset")
     group.add_argument("--train-split", default="train", metavar="NAME")
     group.add_argument("--input-key", metavar="KEY", help="column of the image")
-    group.add_argument("--target-key", metavar="KEY", help="column of the label")
+    group.add_argument("--target-key", metavar="KEY", help="column of the label, if any")
     group.add_argument("--train-samples", type=positive_int, metavar="N", help="a seeded, class-balanced subset")
     group.add_argument("--img-size", type=positive_int, metavar="N", help="default: 32; 8 for digits")
     group.add_argument("--in-chans", type=positive_int, metavar="N", help="default: 3; 1 for digits")

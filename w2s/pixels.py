@@ -54,7 +54,8 @@ def load_pixels(args, accelerator) -> PixelData:
     """Open, check and resize `--dataset` for a run; settles what `--cache auto` means.
 
     The shorter side is resized to --img-size and the centre cut out. The switch-off compares with the slice that
-    --switch-split holds out of training, or with the training images where that is 0.
+    --switch-split holds out of training, or with the training images where that is 0. Without --class-cond no labels
+    are needed; where there are some, subsets are balanced by them.
 
     Raises:
         InputError: see the functions this one calls.
@@ -65,10 +66,12 @@ def load_pixels(args, accelerator) -> PixelData:
     half = (0.5,) * args.in_chans
     config = {"input_size": (args.in_chans, args.img_size, args.img_size), "mean": half, "std": half}
     config |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
-    source = open_dataset(args, args.train_split)
+    source = open_dataset(args, args.train_split, labelled=args.class_cond)
     names = class_names(source)
     targets = targets_of(source, args.train_split, len(names) or None)
     num_classes = len(names) or int(targets.max()) + 1
+    if args.class_cond and num_classes == 1:
+        raise InputError(f"--class-cond: the images of split '{args.train_split}' have no labels, or one class")
     try:
         fraction = float(args.switch_split)
     except ValueError:
@@ -101,7 +104,7 @@ def load_pixels(args, accelerator) -> PixelData:
     other = args.fd_split not in (None, args.train_split)
     report = trained
     if other:
-        against = open_dataset(args, args.fd_split)
+        against = open_dataset(args, args.fd_split, labelled=False)
         report = reference(against, args.fd_split, np.arange(len(against)))
     switch = reference(source, args.train_split, held) if len(held) else trained
     facts = {"train": len(rows), "switch": len(held), "report": len(report)}

@@ -98,7 +98,11 @@ def build_parser() -> Parser:
     add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
 
-    add_kd_options(parser, controls=("shuffled", "uniform", "labels", "random"))
+    add_kd_options(
+        parser,
+        "a run folder, .safetensors/.pth file (with --teacher-model), timm name, hf-hub:NAME or local-dir:FOLDER",
+        controls=("shuffled", "uniform", "labels", "random"),
+    )
     add_optimizer_options(parser)
 
     group = parser.add_argument_group("training")

@@ -111,7 +111,9 @@ def build_parser() -> Parser:
     add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="the backbone")
 
-    add_kd_options(parser)
+    add_kd_options(
+        parser, "a run folder, exported folder, or .safetensors/.pth file with its backbone as --teacher-model"
+    )
     add_optimizer_options(parser)
 
     group = parser.add_argument_group("training")

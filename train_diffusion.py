@@ -122,7 +122,7 @@ def build_parser() -> Parser:
     add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
 
-    add_kd_options(parser, unit="updates")
+    add_kd_options(parser, "a run folder or a diffusers pipeline folder", unit="updates")
     add_optimizer_options(parser, unit="updates")
 
     group = parser.add_argument_group("training")
@@ -163,6 +163,9 @@ def resolve(args) -> None:
     steps = args.diffusion_steps
     even = max(n for n in range(1, min(args.sample_steps or 50, steps) + 1) if steps % n == 0)
     args.sample_steps = args.sample_steps or (even if args.sampler == "ddim" else steps)
+    if args.decay_updates is None:
+        args.decay_updates = 0.3 * args.updates
+    args.decay_milestones = args.decay_milestones or [0.3 * args.updates, 0.6 * args.updates]
     if args.lr_base is None:
         args.lr, args.lr_base = 2e-4 if args.lr is None else args.lr, 0.1
     if args.fd_samples < 2:

@@ -20,6 +20,7 @@ from PIL import Image
 import train_diffusion
 from w2s import compare
 from w2s.diffusion import UNet, ViT, load_denoiser
+from w2s.optim import build_optimizer
 from w2s.options import InputError
 from w2s.run import NonFiniteLoss, Preempted
 
@@ -319,6 +320,25 @@ def test_learning_rate_is_given_or_scaled(options, lr):
     train_diffusion.resolve(args)
     assert train_diffusion.scaled_lr(args, 128) == pytest.approx(lr)
     assert "any timm optimiser (default: adam)" in " ".join(train_diffusion.build_parser().format_help().split())
+
+
+def test_steps_of_the_learning_rate_are_shares_of_the_run():
+    def rates(options: str) -> list[float]:
+        args = train_diffusion.build_parser().parse_recipe(f"--lr 1 --decay-rate 0.5 {options}".split())
+        train_diffusion.resolve(args)
+        model = torch.nn.Linear(1, 1)
+        optimizer, scheduler = build_optimizer(args, model, args.lr, args.updates, 1, unit="updates")
+        seen = []
+        for update in range(args.updates):
+            scheduler.step_update(update)
+            seen.append(optimizer.param_groups[0]["lr"])
+        return seen
+
+    assert rates("--updates 20 --sched step") == [1.0] * 6 + [0.5] * 6 + [0.25] * 6 + [0.125] * 2
+    assert rates("--updates 20 --sched multistep") == [1.0] * 5 + [0.5] * 6 + [0.25] * 9  # timm is one update early
+    assert rates("--updates 5 --sched step --decay-updates 2") == [1.0, 1.0, 0.5, 0.5, 0.25]
+    with pytest.raises(InputError, match="--decay-updates 0: must be above 0"):
+        rates("--updates 5 --decay-updates 0")
 
 
 # ---- bad input ----

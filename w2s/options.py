@@ -151,14 +151,18 @@ def add_run_options(parser: Parser) -> None:
     group.add_argument("--group", metavar="NAME", help="W&B group, one for all arms (default: task, data and model)")
 
 
-def add_kd_options(parser: Parser, unit: str = "epochs", controls: Sequence[str] = ("shuffled", "random")) -> None:
-    """The method: the teacher and its early phase; `controls` are those that a task knows, see w2s.controls."""
+def add_kd_options(
+    parser: Parser, teacher: str, unit: str = "epochs", controls: Sequence[str] = ("shuffled", "random")
+) -> None:
+    """The method: the teacher and its early phase.
+
+    Args:
+        teacher: what --teacher takes.
+        unit: of the window.
+        controls: those that a task knows, see w2s.controls.
+    """
     group = parser.add_argument_group("distillation (off without --teacher)")
-    group.add_argument(
-        "--teacher",
-        metavar="RUN_OR_FILE",
-        help="a run folder, .safetensors/.pth file (with --teacher-model), timm name, hf-hub:NAME or local-dir:FOLDER",
-    )
+    group.add_argument("--teacher", metavar="RUN_OR_FILE", help=teacher)
     group.add_argument("--teacher-model", metavar="NAME", help="timm architecture of a --teacher file")
     group.add_argument("--teacher-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="its kwargs")
     group.add_argument(
@@ -190,7 +194,12 @@ def add_kd_options(parser: Parser, unit: str = "epochs", controls: Sequence[str]
 
 
 def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
-    """timm's optimiser and schedule options, under timm's names. The schedule runs on updates."""
+    """timm's optimiser and schedule options, under timm's names. The schedule runs on updates.
+
+    In epochs --decay-* have timm's defaults; in updates None, for the script to fill in as shares of its run.
+    """
+    decay, milestones = (30.0, [30.0, 60.0]) if unit == "epochs" else (None, None)
+    per = "" if unit == "epochs" else "%% of the run"
     group = parser.add_argument_group("optimiser and schedule (timm)")
     group.add_argument("--opt", default="sgd", metavar="NAME", help="any timm optimiser (default: %(default)s)")
     group.add_argument("--opt-eps", type=float)
@@ -209,8 +218,8 @@ def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     group.add_argument(f"--warmup-{unit}", type=not_negative, default=0)
     group.add_argument("--warmup-lr", type=float, default=1e-5)
     group.add_argument("--min-lr", type=float, default=0.0)
-    group.add_argument(f"--decay-{unit}", type=float, default=30, help="of step schedules (default: %(default)s)")
-    group.add_argument("--decay-milestones", type=float, nargs="+", default=[30, 60], help=f"{unit} (30 60)")
+    group.add_argument(f"--decay-{unit}", type=float, default=decay, help=f"of step schedules (default: 30{per})")
+    group.add_argument("--decay-milestones", type=float, nargs="+", default=milestones, help=f"{unit} (30 60{per})")
     group.add_argument("--decay-rate", type=float, default=0.1)
 
 

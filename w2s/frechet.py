@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
+from w2s.crossing import replacing
 from w2s.models import find_model, load_folder
 from w2s.options import InputError
 
@@ -273,12 +274,8 @@ def cached_statistics(
     made = make()
     if path and accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}.partial")
-        with open(beside, "wb") as file:
+        with replacing(path, "wb", f".{os.getpid()}.partial") as file:  # runs side by side share the folder
             np.savez(file, key=text, mean=made.mean, covariance=made.covariance, features=made.features)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
     return made
 
 

@@ -15,6 +15,7 @@ from torchvision import transforms
 from torchvision.utils import make_grid
 
 from w2s.cache import CachedSplit, cache_split, resolve_cache
+from w2s.crossing import replacing
 from w2s.data import STREAMS, check_images, class_names, image_mode, open_dataset, split_training, targets_of
 from w2s.loading import ImageSplit, eval_transform
 from w2s.options import InputError
@@ -115,6 +116,5 @@ def save_grid(images: Tensor, path: Path, count: int = 64) -> None:
     """Write the first `count` images (N, C, H, W), uint8, as one PNG, small ones enlarged; complete or not at all."""
     scale = max(1, 48 // images.shape[-1])
     grid = make_grid(images[:count], nrow=8, padding=2).permute(1, 2, 0).numpy()
-    beside = path.with_name(f".{path.name}.partial")
-    Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1)).save(beside, format="PNG")
-    beside.replace(path)
+    with replacing(path, "wb") as file:
+        Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1)).save(file, format="PNG")

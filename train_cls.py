@@ -40,6 +40,7 @@ from w2s.options import (
     add_optimizer_options,
     add_run_options,
     add_switch,
+    backend,
     early_phase,
     natural_int,
     not_negative,
@@ -96,7 +97,7 @@ def build_parser() -> Parser:
     add_switch(group, "--model-ema-warmup", "a smaller decay at first")
     add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
     add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
-    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
+    group.add_argument("--torchcompile", type=backend, nargs="?", const="inductor", metavar="BACKEND")
 
     add_kd_options(
         parser,
@@ -152,10 +153,6 @@ def resolve(args) -> dict:
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(f"--mixup and --cutmix pair images: --batch-size {args.batch_size} must be even")
     own = create_model(args.model, 0).pretrained_cfg if ":" in args.model else pretrained_cfg(args.model)
-    if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(None):
-        raise InputError(
-            f"--torchcompile {args.torchcompile}: torch has {', '.join(torch._dynamo.list_backends(None))}"
-        )
     for name in ("mean", "std"):
         given = getattr(args, name)
         if given and len(given) not in (1, args.in_chans):

@@ -48,6 +48,7 @@ from w2s.options import (
     add_optimizer_options,
     add_run_options,
     add_switch,
+    backend,
     early_phase,
     natural_int,
     not_negative,
@@ -120,7 +121,7 @@ def build_parser() -> Parser:
         "at most 1 - n^(-2/3) after n updates (on): 0.99 from 1,000 updates on, 0.999 from 31,600, 0.9999 from 1 M",
     )  # fmt: skip
     add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
-    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
+    group.add_argument("--torchcompile", type=backend, nargs="?", const="inductor", metavar="BACKEND")
 
     add_kd_options(parser, "a run folder or a diffusers pipeline folder", unit="updates")
     add_optimizer_options(parser, unit="updates")
@@ -183,10 +184,6 @@ def resolve(args) -> None:
         raise InputError("--kd-temperature: the term on epsilon has no temperature; leave it at 1")
     if args.teacher_model or args.teacher_kwargs:
         raise InputError("--teacher-model and --teacher-kwargs: the teacher's folder says what it is; leave them out")
-    if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(None):
-        raise InputError(
-            f"--torchcompile {args.torchcompile}: torch has {', '.join(torch._dynamo.list_backends(None))}"
-        )
     if args.dry_run:
         args.sample_steps = min(args.sample_steps, 2)
 

@@ -404,7 +404,7 @@ def test_only_what_is_compared_with_is_measured(tiny_teacher, tmp_path):
         ("--batch-size 100", "fewer than one update"),
         ("--warmup-updates 9", "--warmup-updates 9 is longer"),
         ("--opt nothing", "--opt nothing"),
-        ("--torchcompile nothing", "--torchcompile"),
+        ("--torchcompile nothing", "--torchcompile: nothing: torch has .*inductor"),
         ("--fd-split val", "train and test"),
         ("--initial-checkpoint nowhere", "holds no denoiser"),
         ("--teacher nowhere", "holds no denoiser"),

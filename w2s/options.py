@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
 from timm.utils import ParseKwargs
 
@@ -305,6 +306,13 @@ def not_negative(text: str) -> float:
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
     return value
+
+
+def backend(text: str) -> str:
+    """An argparse type: a backend of torch.compile."""
+    if text not in (known := torch._dynamo.list_backends(None)):
+        raise argparse.ArgumentTypeError(f"{text}: torch has {', '.join(known)}")
+    return text
 
 
 def _kd_off(text: str) -> str | float:

@@ -44,6 +44,7 @@ from w2s.options import (
     InputError,
     KeyValues,
     Parser,
+    add_data_options,
     add_kd_options,
     add_optimizer_options,
     add_run_options,
@@ -81,26 +82,10 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     add_run_options(parser)
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="", help="digits, hfds/NAME_OR_FOLDER, torch/...; '' for a folder")
-    group.add_argument("--data-dir", metavar="DIR", help="image folder with train/, or root of the dataset")
-    group.add_argument("--train-split", default="train", metavar="NAME")
-    group.add_argument("--input-key", metavar="KEY", help="column of the image")
-    group.add_argument("--target-key", metavar="KEY", help="column of the label, if any")
-    group.add_argument("--train-samples", type=positive_int, metavar="N", help="a seeded, class-balanced subset")
+    group = add_data_options(parser, "digits, hfds/NAME_OR_FOLDER, torch/...", "image folder with train/")
     group.add_argument("--img-size", type=positive_int, metavar="N", help="default: 32; 8 for digits")
     group.add_argument("--in-chans", type=positive_int, metavar="N", help="default: 3; 1 for digits")
     group.add_argument("--hflip", type=share, metavar="P", help="default: 0.5; 0 for digits")
-    group.add_argument(
-        "--check-images", type=int, default=20000, metavar="N", help="decode N images first where none are cached"
-    )
-    group.add_argument(
-        "--cache",
-        choices=["auto", "device", "cpu", "none"],
-        default="auto",
-        help="decode once and keep the pixels there (default: auto, on the device if they fit)",
-    )
-    group.add_argument("-j", "--workers", type=natural_int, default=4, metavar="N", help="loader workers, --cache none")
 
     group = parser.add_argument_group("denoiser and process")
     group.add_argument("--model", default="nc128-rb3", metavar="NAME", help="ncN-rbM, or a timm VisionTransformer")
@@ -109,7 +94,7 @@ def build_parser() -> Parser:
         help="ncN-rbM: channel_mult, attention, dropout, head_dim; else timm's: patch_size, embed_dim, depth, ...",
     )  # fmt: skip
     group.add_argument("--initial-checkpoint", metavar="PATH", help="start from a run folder or pipeline folder")
-    add_switch(group, "--class-cond", "condition on the class")
+    add_switch(group, "--class-cond", "condition on the class; otherwise no labels are needed")
     group.add_argument("--betas", choices=BETAS, default="linear")
     group.add_argument("--diffusion-steps", type=positive_int, default=1000, metavar="N", help="(1000)")
     group.add_argument("--prediction", choices=PREDICTIONS, default="epsilon")

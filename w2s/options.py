@@ -152,6 +152,28 @@ def add_run_options(parser: Parser) -> None:
     group.add_argument("--group", metavar="NAME", help="W&B group, one for all arms (default: task, data and model)")
 
 
+def add_data_options(parser: Parser, kinds: str, folder: str) -> argparse._ArgumentGroup:
+    """Images to classify or to generate, of some `kinds` of --dataset, or in a `folder`; returns the group."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="", help=f"{kinds}; '' for a folder")
+    group.add_argument("--data-dir", metavar="DIR", help=f"{folder}, or root of the dataset")
+    group.add_argument("--train-split", default="train", metavar="NAME")
+    group.add_argument("--input-key", metavar="KEY", help="column of the image")
+    group.add_argument("--target-key", metavar="KEY", help="column of the label")
+    group.add_argument("--train-samples", type=positive_int, metavar="N", help="a seeded, class-balanced subset")
+    group.add_argument(
+        "--check-images", type=int, default=20000, metavar="N", help="decode N images a split first (-1: all)"
+    )
+    group.add_argument(
+        "--cache",
+        choices=["auto", "device", "cpu", "none"],
+        default="auto",
+        help="decode once, keep the pixels there and augment them there (default: auto, on the device if that works)",
+    )
+    group.add_argument("-j", "--workers", type=natural_int, default=4, metavar="N", help="loader workers a process")
+    return group
+
+
 def add_kd_options(
     parser: Parser, teacher: str, unit: str = "epochs", controls: Sequence[str] = ("shuffled", "random")
 ) -> None:

@@ -36,12 +36,13 @@ from w2s.options import (
     InputError,
     KeyValues,
     Parser,
+    add_data_options,
     add_kd_options,
     add_optimizer_options,
     add_run_options,
     add_switch,
+    backend,
     early_phase,
-    natural_int,
     not_negative,
     parse_targets,
     positive_int,
@@ -59,26 +60,12 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     add_run_options(parser)
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="", help="digits, hfds/NAME_OR_FOLDER, wds/..., torch/...; '' for a folder")
-    group.add_argument("--data-dir", metavar="DIR", help="image folder with train/ and val/, or root of the dataset")
-    group.add_argument("--train-split", default="train", metavar="NAME")
+    group = add_data_options(
+        parser, "digits, hfds/NAME_OR_FOLDER, wds/..., torch/...", "image folder with train/ and val/"
+    )
     group.add_argument("--val-split", metavar="NAME", help="reported on, decides nothing (default: validation)")
-    group.add_argument("--input-key", metavar="KEY", help="column of the image")
-    group.add_argument("--target-key", metavar="KEY", help="column of the label")
-    group.add_argument("--train-samples", type=positive_int, metavar="N", help="a seeded, class-balanced subset")
     group.add_argument("--train-num-samples", type=positive_int, metavar="N", help="length of a streamed train split")
     group.add_argument("--val-num-samples", type=positive_int, metavar="N", help="length of a streamed val split")
-    group.add_argument(
-        "--check-images", type=int, default=20000, metavar="N", help="decode N images a split first (-1: all)"
-    )
-    group.add_argument(
-        "--cache",
-        choices=["auto", "device", "cpu", "none"],
-        default="auto",
-        help="decode once, keep the pixels there and augment them there (default: auto, on the device if that works)",
-    )
-    group.add_argument("-j", "--workers", type=natural_int, default=4, metavar="N", help="loader workers a process")
 
     group = parser.add_argument_group("model (timm)")
     group.add_argument("--model", default="resnet50", metavar="NAME")
@@ -96,9 +83,13 @@ def build_parser() -> Parser:
     add_switch(group, "--model-ema-warmup", "a smaller decay at first")
     add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
     add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
-    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
+    group.add_argument("--torchcompile", type=backend, nargs="?", const="inductor", metavar="BACKEND")
 
-    add_kd_options(parser, controls=("shuffled", "uniform", "labels", "random"))
+    add_kd_options(
+        parser,
+        "a run folder, .safetensors/.pth file (with --teacher-model), timm name, hf-hub:NAME or local-dir:FOLDER",
+        controls=("shuffled", "uniform", "labels", "random"),
+    )
     add_optimizer_options(parser)
 
     group = parser.add_argument_group("training")
@@ -148,10 +139,6 @@ def resolve(args) -> dict:
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(f"--mixup and --cutmix pair images: --batch-size {args.batch_size} must be even")
     own = create_model(args.model, 0).pretrained_cfg if ":" in args.model else pretrained_cfg(args.model)
-    if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(None):
-        raise InputError(
-            f"--torchcompile {args.torchcompile}: torch has {', '.join(torch._dynamo.list_backends(None))}"
-        )
     for name in ("mean", "std"):
         given = getattr(args, name)
         if given and len(given) not in (1, args.in_chans):

@@ -43,6 +43,7 @@ from w2s.options import (
     add_optimizer_options,
     add_run_options,
     add_switch,
+    backend,
     early_phase,
     natural_int,
     parse_targets,
@@ -109,9 +110,13 @@ def build_parser() -> Parser:
     add_switch(group, "--model-ema-warmup", "a smaller decay at first")
     add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
     add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
-    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="the backbone")
+    group.add_argument(
+        "--torchcompile", type=backend, nargs="?", const="inductor", metavar="BACKEND", help="the backbone"
+    )
 
-    add_kd_options(parser)
+    add_kd_options(
+        parser, "a run folder, exported folder, or .safetensors/.pth file with its backbone as --teacher-model"
+    )
     add_optimizer_options(parser)
 
     group = parser.add_argument_group("training")
@@ -156,10 +161,6 @@ def resolve(args) -> DetectorConfig:
         raise InputError("--lsj and --scale-jitter exclude each other")
     if args.scale_jitter and args.scale_jitter[0] > args.scale_jitter[1]:
         raise InputError(f"--scale-jitter takes LOW and HIGH, got {args.scale_jitter[0]} {args.scale_jitter[1]}")
-    if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(None):
-        raise InputError(
-            f"--torchcompile {args.torchcompile}: not among {', '.join(torch._dynamo.list_backends(None))}"
-        )
     args.name = args.name or f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
     config = DetectorConfig(
         *(args.detector, args.model, [], args.norm, args.strides or [], args.extra_levels, args.anchor_scale),

@@ -31,10 +31,10 @@ from w2s.diffusion import build_denoiser, check_same, export, load_denoiser, reb
 from w2s.frechet import (
     Statistics,
     cached_statistics,
-    extract,
     frechet_distance,
     kernel_distance,
     load_features,
+    measure,
     metric_labels,
 )
 from w2s.loading import train_batches
@@ -44,10 +44,12 @@ from w2s.options import (
     InputError,
     KeyValues,
     Parser,
+    add_data_options,
     add_kd_options,
     add_optimizer_options,
     add_run_options,
     add_switch,
+    backend,
     early_phase,
     natural_int,
     not_negative,
@@ -80,26 +82,10 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     add_run_options(parser)
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="", help="digits, hfds/NAME_OR_FOLDER, torch/...; '' for a folder")
-    group.add_argument("--data-dir", metavar="DIR", help="image folder with train/, or root of the dataset")
-    group.add_argument("--train-split", default="train", metavar="NAME")
-    group.add_argument("--input-key", metavar="KEY", help="column of the image")
-    group.add_argument("--target-key", metavar="KEY", help="column of the label")
-    group.add_argument("--train-samples", type=positive_int, metavar="N", help="a seeded, class-balanced subset")
+    group = add_data_options(parser, "digits, hfds/NAME_OR_FOLDER, torch/...", "image folder with train/")
     group.add_argument("--img-size", type=positive_int, metavar="N", help="default: 32; 8 for digits")
     group.add_argument("--in-chans", type=positive_int, metavar="N", help="default: 3; 1 for digits")
     group.add_argument("--hflip", type=share, metavar="P", help="default: 0.5; 0 for digits")
-    group.add_argument(
-        "--check-images", type=int, default=20000, metavar="N", help="decode N images first where none are cached"
-    )
-    group.add_argument(
-        "--cache",
-        choices=["auto", "device", "cpu", "none"],
-        default="auto",
-        help="decode once and keep the pixels there (default: auto, on the device if they fit)",
-    )
-    group.add_argument("-j", "--workers", type=natural_int, default=4, metavar="N", help="loader workers, --cache none")
 
     group = parser.add_argument_group("denoiser and process")
     group.add_argument("--model", default="nc128-rb3", metavar="NAME", help="ncN-rbM, or a timm VisionTransformer")
@@ -108,7 +94,7 @@ def build_parser() -> Parser:
         help="ncN-rbM: channel_mult, attention, dropout, head_dim; else timm's: patch_size, embed_dim, depth, ...",
     )  # fmt: skip
     group.add_argument("--initial-checkpoint", metavar="PATH", help="start from a run folder or pipeline folder")
-    add_switch(group, "--class-cond", "condition on the class")
+    add_switch(group, "--class-cond", "condition on the class; otherwise no labels are needed")
     group.add_argument("--betas", choices=BETAS, default="linear")
     group.add_argument("--diffusion-steps", type=positive_int, default=1000, metavar="N", help="(1000)")
     group.add_argument("--prediction", choices=PREDICTIONS, default="epsilon")
@@ -120,9 +106,9 @@ def build_parser() -> Parser:
         "at most 1 - n^(-2/3) after n updates (on): 0.99 from 1,000 updates on, 0.999 from 31,600, 0.9999 from 1 M",
     )  # fmt: skip
     add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
-    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
+    group.add_argument("--torchcompile", type=backend, nargs="?", const="inductor", metavar="BACKEND")
 
-    add_kd_options(parser, unit="updates")
+    add_kd_options(parser, "a run folder or a diffusers pipeline folder", unit="updates")
     add_optimizer_options(parser, unit="updates")
 
     group = parser.add_argument_group("training")
@@ -163,6 +149,9 @@ def resolve(args) -> None:
     steps = args.diffusion_steps
     even = max(n for n in range(1, min(args.sample_steps or 50, steps) + 1) if steps % n == 0)
     args.sample_steps = args.sample_steps or (even if args.sampler == "ddim" else steps)
+    if args.decay_updates is None:
+        args.decay_updates = 0.3 * args.updates
+    args.decay_milestones = args.decay_milestones or [0.3 * args.updates, 0.6 * args.updates]
     if args.lr_base is None:
         args.lr, args.lr_base = 2e-4 if args.lr is None else args.lr, 0.1
     if args.fd_samples < 2:
@@ -180,10 +169,6 @@ def resolve(args) -> None:
         raise InputError("--kd-temperature: the term on epsilon has no temperature; leave it at 1")
     if args.teacher_model or args.teacher_kwargs:
         raise InputError("--teacher-model and --teacher-kwargs: the teacher's folder says what it is; leave them out")
-    if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(None):
-        raise InputError(
-            f"--torchcompile {args.torchcompile}: torch has {', '.join(torch._dynamo.list_backends(None))}"
-        )
     if args.dry_run:
         args.sample_steps = min(args.sample_steps, 2)
 
@@ -265,8 +250,7 @@ class Judge:
         return cached_statistics(self.folder, key, lambda: self._statistics(images, len(images)), self.accelerator)
 
     def _statistics(self, images, count: int) -> Statistics:
-        features = extract(self.features, images, count, self.accelerator, self.args.validation_batch_size)
-        return Statistics.of(features, self.accelerator.device)
+        return measure(self.features, images, count, self.accelerator, self.args.validation_batch_size)
 
     def samples(self, model: nn.Module, stream: int) -> Tensor | None:
         """--fd-samples images (8 in a dry run); a stream's noise is the same at every evaluation and in all arms."""

@@ -1,16 +1,24 @@
 """The benchmark runs the real updates and counts what they cost; how long they take is not tested."""
 
 import json
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import pytest
-from conftest import DIGITS, RESNET, TEACHER, call_script, words
+from conftest import DETECT, DIGITS, RESNET, ROOT, TEACHER, call_script, words
 
 import train_cls
 from w2s import bench
+from w2s.detection import DetectorConfig, build_detector, export
+from w2s.diffusion import export as export_denoiser
+from w2s.diffusion import unet
 from w2s.options import InputError
+from w2s.sampling import noise_schedule
+
+sys.path.insert(0, str(ROOT / "recipes"))
+import beside
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +61,51 @@ def test_nothing_is_kept(figures):
 def test_a_benchmark_without_a_teacher_is_refused():
     with pytest.raises(InputError, match="--teacher"):
         call_script(bench.main, DIGITS, RESNET)
+
+
+# ---- the other scripts, and the libraries' own loops beside them ----
+
+ONCE = "--rounds 1 --round-updates 1 --name bench --output"
+
+
+@pytest.fixture
+def denoiser(tmp_path) -> list:
+    """A diffusion teacher of no training, and a student for it."""
+    export_denoiser(
+        unet("nc8-rb1", 8, 1, channel_mult=(1,), attention=()), noise_schedule(), tmp_path / "weak" / "model"
+    )
+    model = "--model nc8-rb1 --model-kwargs channel_mult=(1,2) attention=(4,) --fd-samples 4 --sample-steps 2"
+    return words("--dataset digits --train-samples 64 -b 8 --workers 0", model, "--teacher", tmp_path / "weak")
+
+
+def test_detection_beside_torchvisions_loop(digits_det, tmp_path, monkeypatch):
+    weak = DetectorConfig("retinanet", "resnet10t", list("0123456789"), "gn", [8, 16], 0, 2.0, 8, 64, 64)
+    weak.model_kwargs = {"channels": (8, 8, 8, 8), "stem_width": 8}
+    export(build_detector(weak), tmp_path / "weak" / "model")
+    monkeypatch.setattr(bench, "WARMUP", 1)
+    command = words("det", DETECT, "--data", digits_det, "--teacher", tmp_path / "weak", ONCE, tmp_path, "--json")
+    losses = []
+    monkeypatch.setattr(beside.Meters, "update", lambda self, **values: losses.append(values))
+    call_script(beside.main, command, tmp_path / "b.json")
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert set(figures["seconds_per_update"]) == {"plain", "teacher", "reference"}
+    assert 1 < figures["flops_bound"] < 4 / 3 and figures["reference_ratio"] > 0
+    assert set(losses[0]) == {"loss", "classification", "bbox_regression", "lr"}  # torchvision's own, and nothing else
+    assert losses[0]["loss"] == losses[0]["classification"] + losses[0]["bbox_regression"]
+
+
+def test_diffusion_beside_diffusers_loop_and_pipeline(denoiser, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "WARMUP", 1)
+    call_script(beside.main, "diffusion", denoiser, ONCE, tmp_path, "--json", tmp_path / "b.json")
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert figures["flops_bound"] > 1 and figures["sampling_reference_ratio"] > 0
+    with pytest.raises(InputError, match="without classes"):
+        call_script(beside.main, "diffusion", denoiser, "--class-cond", ONCE, tmp_path)
+
+
+def test_the_benchmark_of_any_recipe_is_that_of_its_script():
+    names = {"digits_w2s": "cls", "digits_det_w2s": "det", "digits_diffusion_w2s": "diffusion"}
+    names |= {"imagenet_vit_s_r50": "cls", "coco_fasterrcnn_r50_w2s": "det", "cifar10_nc128rb3_w2s": "diffusion"}
+    for recipe, name in names.items():
+        assert bench.task_of(["-c", str(ROOT / "recipes" / f"{recipe}.yaml"), "--json", "x"]).name == name
+    assert bench.task_of(["--data=coco", "--help"]).name == "det"

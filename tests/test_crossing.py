@@ -616,6 +616,14 @@ def test_replacing_shows_the_old_file_until_the_new_one_is_whole(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_replacing_takes_bytes_and_another_name_until_then(tmp_path):
+    path = tmp_path / "file.png"
+    with replacing(path, "wb", ".7.partial") as file:
+        file.write(b"\x89PNG\r\n")
+        assert os.listdir(tmp_path) == ["file.png.7.partial"]
+    assert path.read_bytes() == b"\x89PNG\r\n" and os.listdir(tmp_path) == ["file.png"]
+
+
 def test_replacing_recovers_from_what_an_earlier_failure_left(tmp_path):
     path = tmp_path / "file"
     with pytest.raises(KeyError), replacing(path) as file:

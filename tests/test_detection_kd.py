@@ -113,6 +113,35 @@ def test_the_terms_of_a_batch_are_the_means_over_its_images(kind):
         torch.testing.assert_close(whole[name], (halves[0][name] + halves[1][name]) / 2)
 
 
+@KINDS
+def test_an_update_on_two_images_is_the_mean_of_those_on_each(kind, accelerator):
+    """Which is what two processes compute; Faster R-CNN where it samples all anchors and proposals, none by chance."""
+    everything = {"rpn_batch_size_per_image": 10**6, "box_batch_size_per_image": 10**6, "rpn_post_nms_top_n_train": 20}
+    everything |= {"rpn_fg_iou_thresh": 0.5, "rpn_bg_iou_thresh": 0.5, "rpn_nms_thresh": 1.0}
+    config = dataclasses.replace(
+        tiny(kind, norm="gn", extra_levels=0), detector_kwargs=everything if kind == "fasterrcnn" else {}
+    )
+    torch.manual_seed(0)
+    student, model = build_detector(config), build_detector(config)
+    if kind == "fasterrcnn":
+        model.roi_heads.box_predictor.cls_score.bias.data[2] = 5.0  # an untrained teacher sees no object
+    teacher = DetectorTeacher(model, "somewhere", accelerator, student)
+    images = list(torch.rand(2, 3, 64, 64))
+    boxes = torch.tensor([[[5.0, 8, 40, 50], [30, 20, 62, 44]], [[1.0, 2, 30, 33], [20, 24, 60, 62]]])
+    targets = [{"boxes": each, "labels": torch.tensor([1, 3])} for each in boxes]
+
+    def update(rows: slice) -> tuple[dict, torch.Tensor]:
+        losses, seen = student(images[rows], targets[rows])
+        losses |= {f"kd_{name}": term for name, term in distillation_terms(seen, teacher(seen), 2.0).items()}
+        assert all(loss > 0 for loss in losses.values())
+        return losses, torch.autograd.grad(sum(losses.values()), student.backbone.fpn.inner_blocks[0][0].weight)[0]
+
+    whole, one, other = (update(rows) for rows in (slice(0, 2), slice(0, 1), slice(1, 2)))
+    for name in whole[0]:
+        torch.testing.assert_close(whole[0][name], (one[0][name] + other[0][name]) / 2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(whole[1], (one[1] + other[1]) / 2, rtol=1e-3, atol=1e-5)
+
+
 def test_roi_boxes_follow_the_class_the_teacher_sees():
     dense = {"rpn_cls": torch.zeros(5, 1), "rpn_box": torch.zeros(5, 4)}
     ours = dense | {"roi_cls": torch.zeros(3, 3), "roi_box": torch.zeros(3, 12)}

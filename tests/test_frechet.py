@@ -1,5 +1,7 @@
 """The distances against closed forms and torch-fidelity; features; the cache of reference statistics."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
@@ -16,10 +18,10 @@ from w2s.frechet import (
     Inception,
     Statistics,
     cached_statistics,
-    extract,
     frechet_distance,
     kernel_distance,
     load_features,
+    measure,
     metric_labels,
 )
 from w2s.models import create_model, export
@@ -36,6 +38,35 @@ def process(rank: int = 0, world: int = 1) -> SimpleNamespace:
         autocast=nullcontext,
         reduce=lambda tensor, how: tensor.clone(),
     )
+
+
+def of(features: torch.Tensor) -> Statistics:
+    """The statistics of features that are there already."""
+    return measure(lambda batch: batch, features, len(features), process())
+
+
+def by_processes(world: int, *call) -> list[Statistics]:
+    """What each of several processes that work together gets from `measure`; here they are threads."""
+    barrier, parts = threading.Barrier(world), {}
+
+    def reducing(rank: int):
+        def reduce(tensor: torch.Tensor, how: str) -> torch.Tensor:
+            parts[rank] = tensor
+            barrier.wait(60)
+            total = sum(parts[rank] for rank in range(world))
+            barrier.wait(60)
+            return total
+
+        return reduce
+
+    def run(rank: int) -> Statistics:
+        images, count, batch_size = call[1:]
+        one = process(rank, world)
+        one.reduce = reducing(rank)
+        return measure(call[0], images, count, one, batch_size)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(run, range(world)))
 
 
 def gaussian(n: int, d: int, seed: int) -> torch.Tensor:
@@ -64,12 +95,12 @@ def test_gaussians_in_closed_form():
 
 
 def test_a_set_with_itself_is_at_distance_zero():
-    statistics = Statistics.of(gaussian(500, 16, 0))
+    statistics = of(gaussian(500, 16, 0))
     assert frechet_distance(statistics, statistics) == pytest.approx(0, abs=1e-9)
 
 
 def test_singular_covariances():
-    few = [Statistics.of(gaussian(5, 16, seed)) for seed in (0, 1)]  # rank 4
+    few = [of(gaussian(5, 16, seed)) for seed in (0, 1)]  # rank 4
     assert frechet_distance(few[0], few[0]) == pytest.approx(0, abs=1e-6)
     ours = frechet_distance(*few)
     theirs = fid_statistics_to_metric(*({"mu": s.mean, "sigma": s.covariance} for s in few), verbose=False)[
@@ -85,58 +116,82 @@ def test_frechet_distance_is_torch_fidelitys():
     theirs = fid_statistics_to_metric(*(fid_features_to_statistics(f.double()) for f in (one, other)), verbose=False)[
         KEY_METRIC_FID
     ]
-    assert frechet_distance(Statistics.of(one), Statistics.of(other)) == pytest.approx(theirs, rel=1e-9)
+    assert frechet_distance(of(one), of(other)) == pytest.approx(theirs, rel=1e-9)
 
 
 def test_kid_is_torch_fidelitys():
     one, other = gaussian(1100, 8, 1), gaussian(1050, 8, 1)[:, :8] + 0.1
     theirs = kid_features_to_metric(one.double(), other.double(), kid_subsets=10, kid_subset_size=1000, verbose=False)
-    ours = kernel_distance(Statistics.of(one), Statistics.of(other))
+    ours = kernel_distance(of(one), of(other))
     assert ours == pytest.approx(theirs[KEY_METRIC_KID_MEAN], rel=1e-9)
-    small = kernel_distance(Statistics.of(one[:60]), Statistics.of(other))  # a set too small for subsets
+    small = kernel_distance(of(one[:60]), of(other))  # a set too small for subsets
     assert np.isfinite(small)
 
 
 def test_statistics_are_of_float64():
     features = gaussian(5000, 4, 0) + 1000  # in float32 sums of squares the covariance would drown
-    statistics = Statistics.of(features)
+    statistics = of(features)
     reference = np.cov(features.double().numpy(), rowvar=False)
     assert np.allclose(statistics.covariance, reference, rtol=1e-9)
     assert np.allclose(statistics.mean, features.double().mean(0).numpy(), rtol=1e-12)
     with pytest.raises(InputError, match="two images"):
-        Statistics.of(features[:1])
+        of(features[:1])
 
 
 def test_features_that_are_not_finite_give_nan():
     bad = gaussian(10, 4, 0)
     bad[0, 0] = torch.inf
-    assert np.isnan(frechet_distance(Statistics.of(bad), Statistics.of(gaussian(10, 4, 1))))
+    assert np.isnan(frechet_distance(of(bad), of(gaussian(10, 4, 1))))
 
 
-def test_features_do_not_depend_on_processes_or_batches():
+def same_bits(one: Statistics, other: Statistics) -> bool:
+    return all(np.array_equal(getattr(one, k), getattr(other, k)) for k in ("mean", "covariance", "features"))
+
+
+def test_statistics_do_not_depend_on_processes_or_batches():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (23, 1, 8, 8), dtype=torch.uint8)
     network = torch.nn.Linear(64, 7)
     features = lambda batch: network(batch.float().flatten(1) / 255).detach()  # noqa: E731
-    whole = extract(features, images, 23, process(), 5)
-    assert whole.shape == (23, 7)
+    whole = measure(features, images, 23, process(), 5)
+    assert whole.features.shape == (23, 7)
     for world in (2, 3, 8):  # 8: more processes than batches
-        assert torch.equal(whole, sum(extract(features, images, 23, process(rank, world), 5) for rank in range(world)))
+        assert all(same_bits(whole, each) for each in by_processes(world, features, images, 23, 5))
     for batch_size in (1, 7, 100):
-        assert torch.allclose(whole, extract(features, images, 23, process(), batch_size), atol=1e-6)
-    assert torch.equal(whole, extract(features, lambda rows: images[rows.start : rows.stop], 23, process(), 5))
+        other = measure(features, images, 23, process(), batch_size)
+        assert np.allclose(whole.features, other.features, atol=1e-6)
+        assert np.allclose(whole.mean, other.mean, atol=1e-6) and np.allclose(whole.covariance, other.covariance)
+    assert same_bits(whole, measure(features, lambda rows: images[rows.start : rows.stop], 23, process(), 5))
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_sums_over_batches_are_those_of_all_at_once(offset):
+    features = gaussian(10_100, 6, 0) + offset  # more than KID keeps
+    mean, covariance = features.double().numpy().mean(0), np.cov(features.double().numpy(), rowvar=False)
+    scale = np.sqrt(np.outer(covariance.diagonal(), covariance.diagonal()))
+    for world, batch_size in ((1, 1000), (1, 33), (3, 512)):
+        for found in by_processes(world, lambda batch: batch, features, len(features), batch_size):
+            assert np.allclose(found.mean, mean, rtol=1e-9, atol=0)
+            assert (np.abs(found.covariance - covariance) / scale).max() < 1e-9
+            assert np.array_equal(found.features, of(features).features) and len(found.features) == 10_000
+
+
+def test_images_are_read_a_batch_at_a_time():
+    read = []
+    measure(lambda batch: batch, lambda rows: read.append(rows) or torch.rand(len(rows), 3), 23, process(), 5)
+    assert [row for rows in read for row in rows] == list(range(23)) and max(map(len, read)) == 5
 
 
 def test_features_kept_for_kid_are_of_all_classes():
     features = (torch.arange(20_000) % 10).float()[:, None]  # the class of a sample is its index modulo the classes
-    kept = Statistics.of(features).features
+    kept = of(features).features
     assert len(kept) == 10_000 and np.bincount(kept[:, 0].astype(int)).min() > 900
-    assert np.array_equal(kept, Statistics.of(features).features)
-    assert np.array_equal(Statistics.of(features[:10_000]).features, features[:10_000].numpy())
+    assert np.array_equal(kept, of(features).features)
+    assert np.array_equal(of(features[:10_000]).features, features[:10_000].numpy())
 
 
 def test_root_that_is_not_found_gives_nan():
-    one, other = (Statistics.of(gaussian(50, 4, seed)) for seed in (0, 1))
+    one, other = (of(gaussian(50, 4, seed)) for seed in (0, 1))
     with mock.patch("numpy.linalg.eigh", side_effect=np.linalg.LinAlgError("Eigenvalues did not converge")):
         assert np.isnan(frechet_distance(one, other))
 
@@ -217,7 +272,7 @@ def test_reference_statistics_are_computed_once_for_a_key(tmp_path):
 
     def make():
         calls.append(1)
-        return Statistics.of(gaussian(50, 4, len(calls)))
+        return of(gaussian(50, 4, len(calls)))
 
     key = {"dataset": "digits", "split": "train", "size": 8, "n": 50, "features": "abc"}
     first = cached_statistics(tmp_path / "cache", key, make, process())
@@ -232,7 +287,7 @@ def test_reference_statistics_are_computed_once_for_a_key(tmp_path):
 
 
 def test_damaged_cache_is_made_anew(tmp_path):
-    make = lambda: Statistics.of(gaussian(50, 4, 0))  # noqa: E731
+    make = lambda: of(gaussian(50, 4, 0))  # noqa: E731
     cached_statistics(tmp_path, {"n": 1}, make, process())
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()

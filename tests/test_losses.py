@@ -149,6 +149,25 @@ def test_weighted_kl_sigmoid_is_normalised_by_the_sum_of_the_broadcast_weights(w
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_weight_for_all_classes_of_an_anchor_is_never_spread_over_them():
+    """Nothing of the logits' size is kept for the backward on its account."""
+    student, teacher = logits(40, 50)
+
+    def kept(weight: torch.Tensor) -> int:
+        sizes = {}
+
+        def see(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+            loss = kl_sigmoid(student, teacher, 2.0, weight)  # alive here, so that no storage is used again
+            assert loss > 0
+        return sum(size for size in sizes.values() if size >= 4 * student.numel())
+
+    assert kept(torch.rand(40, 1)) == kept(torch.rand(40, 50)) - 4 * student.numel()
+
+
 def test_kl_sigmoid_with_one_nonzero_weight_is_the_divergence_of_that_logit():
     student, teacher = logits(4, 3)
     weight = torch.zeros(4, 3)

@@ -1,7 +1,9 @@
 """The images that diffusion trains on and is compared with."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,40 @@ def test_keys_tell_references_apart():
 def test_bad_data_is_named(options, message):
     with pytest.raises(InputError, match=message):
         load(options)
+
+
+def unlabelled(root: Path, kind: str) -> str:
+    """Twelve grey images without labels, a folder of PNGs or a set of parquet files; the options that name them."""
+    pictures = [Image.fromarray(np.full((8, 8), 20 * k, np.uint8)) for k in range(12)]
+    (root / "train").mkdir(parents=True)
+    if kind == "folder":
+        for k, picture in enumerate(pictures):
+            picture.save(root / "train" / f"{k:02}.png")
+        return f"--data-dir {root}"
+    columns, features = {"image": pictures}, {"image": datasets.Image()}
+    if kind == "nothing in the column":
+        columns["label"], features["label"] = [None] * 12, datasets.Value("int64")
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    table.to_parquet(str(root / "train" / "train.parquet"))
+    return f"--dataset hfds/{root / 'train'} --data-dir {root / 'cache'}"
+
+
+@pytest.mark.parametrize("kind", ["folder", "no column", "nothing in the column"])
+def test_images_without_labels_train_without_classes_only(kind, tmp_path):
+    from w2s.loading import train_batches
+
+    options = unlabelled(tmp_path / "set", kind) + " --img-size 8 --in-chans 1 --hflip 0 --switch-split 0.25"
+    for cache in ("device", "none"):
+        data, args = load(options, "--cache", cache)
+        assert data.facts == {"train": 9, "switch": 3, "report": 9}
+        seen = next(train_batches(data.train, args, ALONE, 0, 1))[0]
+        values = {round((float(image.mean()) + 1) * 127.5) for image in seen}
+        assert len(values) == 8 and values < set(range(0, 240, 20))
+    with pytest.raises(
+        InputError, match=r"'label'; see --target-key|--class-cond: .* have no labels, or one class"
+    ) as error:
+        load(options, "--class-cond")
+    assert "\n" not in str(error.value)
 
 
 def test_grid(tmp_path):

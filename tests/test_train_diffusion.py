@@ -20,6 +20,7 @@ from PIL import Image
 import train_diffusion
 from w2s import compare
 from w2s.diffusion import UNet, ViT, load_denoiser
+from w2s.optim import build_optimizer
 from w2s.options import InputError
 from w2s.run import NonFiniteLoss, Preempted
 
@@ -321,6 +322,25 @@ def test_learning_rate_is_given_or_scaled(options, lr):
     assert "any timm optimiser (default: adam)" in " ".join(train_diffusion.build_parser().format_help().split())
 
 
+def test_steps_of_the_learning_rate_are_shares_of_the_run():
+    def rates(options: str) -> list[float]:
+        args = train_diffusion.build_parser().parse_recipe(f"--lr 1 --decay-rate 0.5 {options}".split())
+        train_diffusion.resolve(args)
+        model = torch.nn.Linear(1, 1)
+        optimizer, scheduler = build_optimizer(args, model, args.lr, args.updates, 1, unit="updates")
+        seen = []
+        for update in range(args.updates):
+            scheduler.step_update(update)
+            seen.append(optimizer.param_groups[0]["lr"])
+        return seen
+
+    assert rates("--updates 20 --sched step") == [1.0] * 6 + [0.5] * 6 + [0.25] * 6 + [0.125] * 2
+    assert rates("--updates 20 --sched multistep") == [1.0] * 5 + [0.5] * 6 + [0.25] * 9  # timm is one update early
+    assert rates("--updates 5 --sched step --decay-updates 2") == [1.0, 1.0, 0.5, 0.5, 0.25]
+    with pytest.raises(InputError, match="--decay-updates 0: must be above 0"):
+        rates("--updates 5 --decay-updates 0")
+
+
 # ---- bad input ----
 
 
@@ -357,12 +377,12 @@ def test_teacher_whose_samples_are_not_finite_is_refused(run, teacher, tmp_path)
 
 
 def test_only_what_is_compared_with_is_measured(tiny_teacher, tmp_path):
-    with mock.patch("train_diffusion.extract", wraps=train_diffusion.extract) as extract:
+    with mock.patch("train_diffusion.measure", wraps=train_diffusion.measure) as measure:
         options = ["--fd-features", tiny_teacher, "--fd-cache", tmp_path / "cache"]
         call_script(
             train_diffusion.main, SMALL, UNET, "--updates 1 --switch-split 0.1 --name run --output", tmp_path, options
         )
-    assert [call.args[2] for call in extract.call_args_list] == [64, 12]  # the training images, the samples
+    assert [call.args[2] for call in measure.call_args_list] == [64, 12]  # the training images, the samples
 
 
 @pytest.mark.parametrize(
@@ -384,7 +404,7 @@ def test_only_what_is_compared_with_is_measured(tiny_teacher, tmp_path):
         ("--batch-size 100", "fewer than one update"),
         ("--warmup-updates 9", "--warmup-updates 9 is longer"),
         ("--opt nothing", "--opt nothing"),
-        ("--torchcompile nothing", "--torchcompile"),
+        ("--torchcompile nothing", "--torchcompile: nothing: torch has .*inductor"),
         ("--fd-split val", "train and test"),
         ("--initial-checkpoint nowhere", "holds no denoiser"),
         ("--teacher nowhere", "holds no denoiser"),

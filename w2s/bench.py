@@ -1,28 +1,30 @@
 """What an update costs, alone, with the teacher and after the switch-off, and whether the data keep up.
 
-    python -m w2s.bench -c recipes/cifar10_r50_w2s.yaml [--json FILE] [any option of train_cls.py]
+    python -m w2s.bench -c recipes/cifar10_r50_w2s.yaml [--json FILE] [any option of the recipe's script]
 
-The functions timed are those that train (`train_cls.train`), on batches that are already there; ratios are medians over
-rounds in which the two sides alternate. Nothing is kept.
+The functions timed are those that train (`train` of train_cls.py, train_det.py or train_diffusion.py, whichever knows
+the options), on batches that are already there; ratios are medians over rounds in which the sides alternate. Nothing is
+kept.
 """
 
+import argparse
+import copy
 import itertools
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
+from timm.utils import ModelEmaV3
 from torch import nn
 
-import train_cls
+from w2s.bench_tasks import TASKS, Task
 from w2s.crossing import RunRecord
-from w2s.data import load_data
-from w2s.loading import train_batches
-from w2s.models import export
-from w2s.optim import build_optimizer, scaled_lr
-from w2s.options import InputError, early_phase, positive_int
+from w2s.options import InputError, Parser, early_phase, positive_int, read_recipe
 from w2s.run import Run, call_main, environment
 from w2s.training import Job
 
@@ -33,89 +35,94 @@ WARMUP = 5  # updates, or batches, before anything is timed
 class Bench:
     """One recipe on this machine."""
 
-    def __init__(self, args, config: dict, run: Run) -> None:
-        self.args, self.config, self.run = args, config, run
-        self.data = load_data(args, config, args.num_classes, run.accelerator)
-        self.images = args.batch_size * args.grad_accum_steps * run.accelerator.num_processes
-        self.updates_per_epoch = max(self.data.samples // self.images, 1)
-        self.criterion = train_cls.task_criterion(args)
-        self.mixup = train_cls.build_mixup(args, self.data.num_classes)
+    def __init__(self, task: Task, run: Run) -> None:
+        self.task, self.args, self.run = task, task.args, run
+        task.load(run)
+        self.images = self.args.batch_size * self.args.grad_accum_steps * run.accelerator.num_processes
+        self.updates_per_epoch = max(task.samples // self.images, 1)
         self.flops: dict = {}
-        run.open(lambda folder, facts, log: RunRecord(folder, "top1", "max", [], train_cls.METRICS, facts, log))
+        run.open(lambda folder, facts, log: RunRecord(folder, "metric", task.mode, [], ("metric",), facts, log))
 
     def job(self, taught: bool) -> Job:
         """A student in training, with a teacher that speaks at every update or with none."""
-        args, run = self.args, self.run
+        args, run, task = self.args, self.run, self.task
         run.seed()
-        student = train_cls.build_student(args, self.config, self.data.num_classes).to(run.device)
-        teacher = train_cls.set_up_teacher(args, run, self.config, self.data) if taught else None
+        student = task.student().to(run.device)
+        teacher = task.teacher(run, student) if taught else None
         if taught:
-            self.flops = train_cls.flops_of(student, teacher, args, self.config, self.images)
+            self.flops = task.flops(student, teacher, self.images)
         if args.channels_last:
-            student = student.to(memory_format=torch.channels_last)
-        optimizer, scheduler = build_optimizer(
-            args, student, scaled_lr(args, self.images), args.epochs, self.updates_per_epoch
-        )
+            student = task.channels_last(student)
+        optimizer, scheduler = task.optimizer(student, self.images, self.updates_per_epoch)
+        ema = ModelEmaV3(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         if args.torchcompile:
             for module in (student, teacher and teacher.model):
                 if module:
-                    module.compile(backend=args.torchcompile)
+                    task.compiled(module).compile(backend=args.torchcompile)
         model, optimizer = run.accelerator.prepare(student, optimizer)
-        phase = early_phase(args, args.epochs, "max") if taught else None
+        phase = early_phase(args, task.length, task.mode) if taught else None
+        total = task.length * (self.updates_per_epoch if task.unit == "epoch" else 1)
         return Job(
-            *(run, model, student, None, optimizer, scheduler, phase, teacher, {}, self.flops),
-            *(self.updates_per_epoch, args.epochs * self.updates_per_epoch, self.images, export),
+            *(run, model, student, ema, optimizer, scheduler, phase, teacher, {}, self.flops),
+            *(self.updates_per_epoch, total, self.images, task.export, task.unit, task.terms),
         )
+
+    def source(self) -> Iterator:
+        """The training batches of this process."""
+        return self.task.batches(self.run, self.updates_per_epoch * self.args.grad_accum_steps)
 
     def loader(self, batches: int) -> float:
         """Images a second of this process when nothing is done with them."""
-        source = train_batches(self.data.train, self.args, self.run.accelerator, 0, self._micro_batches())
+        source = self.source()
         for _ in range(WARMUP):
             next(source)
-        return batches * self.args.batch_size / self._seconds(lambda: [next(source) for _ in range(batches)])
-
-    def _micro_batches(self) -> int:
-        return self.updates_per_epoch * self.args.grad_accum_steps
+        return batches * self.args.batch_size / self.seconds(lambda: [next(source) for _ in range(batches)])
 
     def batches(self) -> list:
         """Some batches on the device."""
-        source = train_batches(self.data.train, self.args, self.run.accelerator, 0, self._micro_batches())
-        batches = [[tensor.to(self.run.device) for tensor in next(source)] for _ in range(KEPT_BATCHES)]
+        source = self.source()
+        batches = [send_to_device(next(source), self.run.device) for _ in range(KEPT_BATCHES)]
         source.close()
         return batches
 
-    def updates(self, job: Job, kept: list, count: int) -> float:
-        """Seconds an update."""
-        fresh = itertools.cycle([(images.clone(), targets.clone()) for images, targets in kept])  # mixup writes into it
+    def timed(self, train: Callable[[int, Iterator], None], kept: list) -> Callable[[int], float]:
+        """From what trains so many updates on batches: a function from their number to seconds an update."""
 
-        def updates() -> None:
-            train_cls.train(job, job.update + count, fresh, self.criterion, self.mixup)
+        def updates(count: int) -> float:
+            fresh = itertools.cycle(copy.deepcopy(kept))  # mixup writes into them
+            return self.seconds(lambda: train(count, fresh)) / count
 
-        return self._seconds(updates) / count
+        return updates
 
-    def alternate(self, jobs: list[Job], kept: list, rounds: int, count: int) -> list[list[float]]:
-        """Seconds an update of each job, round by round."""
-        for job in jobs:
-            self.updates(job, kept, WARMUP)
-        seconds = [[self.updates(job, kept, count) for job in jobs] for _ in range(rounds)]
+    def updates(self, job: Job, kept: list) -> Callable[[int], float]:
+        """`timed` of the script's loop."""
+        return self.timed(lambda count, batches: self.task.train(job, job.update + count, batches), kept)
+
+    def alternate(self, sides: list[Callable[[int], float]], rounds: int, count: int) -> list[list[float]]:
+        """What each side gives for `count` updates, round by round."""
+        for side in sides:
+            side(WARMUP)
+        seconds = [[side(count) for side in sides] for _ in range(rounds)]
         return [list(times) for times in zip(*seconds, strict=True)]
 
     def peak(self, job: Job, kept: list) -> int | None:
         """Bytes at the peak of a few updates: of the GPU's memory, or of the process where there is none."""
-        self.updates(job, kept, 2)
+        updates = self.updates(job, kept)
+        updates(2)
         if self.run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self.updates(job, kept, 2)
+            updates(2)
             return torch.cuda.max_memory_allocated()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-            self.updates(job, kept, 2)
+            updates(2)
             lines = Path("/proc/self/status").read_text().splitlines()
         except OSError:
             return None
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-    def _seconds(self, call: Callable[[], object]) -> float:
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Of a call, its work on the device included."""
         self.run.clock.sync()
         begin = time.perf_counter()
         call()
@@ -128,7 +135,7 @@ class Bench:
         square = nn.Linear(size, size, bias=False, device=self.run.device)
         rows = torch.randn(size, size, device=self.run.device)
         with torch.no_grad(), self.run.accelerator.autocast():
-            return max(2 * size**3 / self._seconds(lambda: square(rows)) for _ in range(10))
+            return max(2 * size**3 / self.seconds(lambda: square(rows)) for _ in range(10))
 
 
 def measure(bench: Bench, rounds: int, count: int) -> dict:
@@ -144,13 +151,10 @@ def measure(bench: Bench, rounds: int, count: int) -> dict:
     memory["after"] = bench.peak(taught, kept)
     del taught
     plain, taught = bench.job(taught=False), bench.job(taught=True)
-    with_teacher = bench.alternate([plain, taught], kept, rounds, count)
+    sides = [bench.updates(job, kept) for job in (plain, taught)]
+    with_teacher = bench.alternate(sides, rounds, count)
     switch_off(taught)
-    after = bench.alternate([plain, taught], kept, rounds, count)
-
-    def ratio(pair: list[list[float]]) -> float:
-        return statistics.median(b / a for a, b in zip(*pair, strict=True))
-
+    after = bench.alternate(sides, rounds, count)
     seconds = {
         "plain": statistics.median(with_teacher[0]),
         "teacher": statistics.median(with_teacher[1]),
@@ -163,9 +167,9 @@ def measure(bench: Bench, rounds: int, count: int) -> dict:
         "loader_images_per_second": loader * processes,
         "step_images_per_second": bench.images / seconds["plain"],
         "images_per_second": {name: bench.images / value for name, value in seconds.items()},
-        "teacher_ratio": ratio(with_teacher),
+        "teacher_ratio": ratio(*with_teacher),
         "flops_bound": (student + teacher) / student,
-        "after_ratio": ratio(after),
+        "after_ratio": ratio(*after),
         "memory_bytes": memory,
         "flops_per_update": flops,
         "matmul_flops_per_second": peak,
@@ -173,10 +177,15 @@ def measure(bench: Bench, rounds: int, count: int) -> dict:
         "rounds": rounds,
         "updates_per_round": count,
         "batch": bench.images,
-        "cache": bench.args.cache,
+        "cache": getattr(bench.args, "cache", "none"),
         "threads": torch.get_num_threads(),
         "environment": environment(bench.run.accelerator),
     }
+
+
+def ratio(one: list[float], other: list[float]) -> float:
+    """How many times as long the other took: the median over rounds."""
+    return statistics.median(b / a for a, b in zip(one, other, strict=True))
 
 
 def switch_off(job: Job) -> None:
@@ -202,9 +211,22 @@ def table(figures: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = train_cls.build_parser()
-    parser.description = __doc__
+def task_of(argv: list[str]) -> type[Task]:
+    """The task whose script knows the most of the options on a command line and in the recipe it names."""
+    config, words = Parser("").parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    options = {f"--{str(key).replace('_', '-')}" for key in (read_recipe(Path(config.config)) if config.config else {})}
+    options |= {word.partition("=")[0] for word in words if word.startswith("--")}
+    return max(TASKS, key=lambda task: len(options & set(task.script.build_parser()._option_string_actions)))
+
+
+def set_up(argv: list[str], kind: type[Task], description: str) -> tuple[argparse.Namespace, Bench]:
+    """The options and the benchmark of a command line.
+
+    Raises:
+        InputError: as the script does; no teacher, or nowhere to write --json.
+    """
+    parser = kind.script.build_parser()
+    parser.description = description
     group = parser.add_argument_group("benchmark")
     group.add_argument("--json", metavar="FILE", help="write all figures there")
     group.add_argument("--rounds", type=positive_int, default=7, metavar="N", help="medians are over these (7)")
@@ -214,12 +236,18 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("a benchmark of distillation needs a --teacher")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise InputError(f"--json {args.json}: no such folder")
-    args.dry_run, args.log_interval, args.log_with = True, 10**9, None
+    args.log_interval, args.log_with = 10**9, None
     args.kd_off, args.kd_warmup, args.kd_hold, args.kd_decay = "never", 0.0, 0.0, 0.0
-    config = train_cls.resolve(args)
-    run = Run(args, "cls")
-    figures = measure(Bench(args, config, run), args.rounds, args.round_updates)
-    if run.is_main:
+    task = kind(args)
+    args.dry_run = True  # keeps nothing; after the options are resolved, which it would change
+    return args, Bench(task, Run(args, task.name))
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args, bench = set_up(argv, task_of(argv), __doc__)
+    figures = measure(bench, args.rounds, args.round_updates)
+    if bench.run.is_main:
         print(table(figures))
         if args.json:
             Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")

@@ -36,7 +36,7 @@ def locate(folder: Path, args, launch: dict, log: Callable[[str], None]) -> tupl
 
     Args:
         folder: the run folder, perhaps not there yet.
-        args: resolved options, `--resume` among them.
+        args: resolved options, `--resume` among them; `--cache auto` becomes what the run had made of it.
         launch: processes and precision of this launch, which have to be those of the checkpoint.
         log: told of damaged checkpoints.
 
@@ -50,6 +50,7 @@ def locate(folder: Path, args, launch: dict, log: Callable[[str], None]) -> tupl
     if args.resume and args.resume != "auto":
         checkpoint = Path(args.resume)
         state = read_state(checkpoint)
+        _keep_choices(args, state["args"])
         _same_options(args, state["args"], str(checkpoint))
         own = checkpoint.resolve().parent == (folder / "checkpoints").resolve()
         if not own and _occupied(folder):
@@ -59,7 +60,9 @@ def locate(folder: Path, args, launch: dict, log: Callable[[str], None]) -> tupl
             raise InputError(f"{folder} is not empty and holds no run; choose another --name or --output")
         if not args.resume:
             raise InputError(f"{folder} holds a run: go on with --resume auto, or choose another --name")
-        _same_options(args, _read_options(folder / "args.yaml"), str(folder))
+        options = _read_options(folder / "args.yaml")
+        _keep_choices(args, options)
+        _same_options(args, options, str(folder))
         if _read_json(folder / "summary.json").get("status") == "finished":
             raise Finished(f"{folder} is already finished")
         checkpoint, state = newest_state(folder / "checkpoints", log)
@@ -192,10 +195,14 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _keep_choices(args, there: dict) -> None:
+    """Settle `--cache auto` in `args` as the run has settled it before, whose options are `there`."""
+    if getattr(args, "cache", None) == "auto":
+        args.cache = there.get("cache")
+
+
 def _same_options(args, there: dict, where: str) -> None:
     here = plain(vars(args))
-    if here.get("cache") == "auto":  # leaves the choice to the run
-        here["cache"] = args.cache = there.get("cache")
     different = [k for k in here if k not in FREE_OPTIONS and here[k] != there.get(k)]
     if different:
         k = different[0]

@@ -95,9 +95,8 @@ def draw_predictions(
         texts = [f"{names[int(label) - split.first_label]} {score:.2f}" for score, label in seen[:, 4:].tolist()]
         rows[1].append(_drawn(pixels, torch.from_numpy(seen[:, :4]), texts, "orange"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.partial")
-    to_pil_image(make_grid(rows[0] + rows[1], nrow=len(rows[0]))).save(beside, format="PNG")
-    beside.replace(path)
+    with replacing(path, "wb") as file:
+        to_pil_image(make_grid(rows[0] + rows[1], nrow=len(rows[0]))).save(file, format="PNG")
 
 
 def _drawn(pixels: torch.Tensor, boxes: torch.Tensor, labels: list[str], colour: str) -> torch.Tensor:

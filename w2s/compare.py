@@ -30,11 +30,11 @@ def write_all(result: dict, arms: dict[str, list[Run]], out: Path, command: str)
         json.dump(result, table, indent=2, allow_nan=False)
         text.write(report + "\n![curves](curves.png)\n" + "![strength](strength.png)\n" * ("strength" in result))
         page.write(write_html(result, arms, command))
-        with replacing(out / names[3]) as image:
-            draw_curves(result, arms, image.buffer)
+        with replacing(out / names[3], "wb") as image:
+            draw_curves(result, arms, image)
     if "strength" in result:
-        with replacing(out / "strength.png") as image:
-            draw_strength(result, image.buffer)
+        with replacing(out / "strength.png", "wb") as image:
+            draw_strength(result, image)
     return report
 
 

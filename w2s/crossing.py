@@ -287,11 +287,14 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator:
-    """Open a text file that takes the place of `path` only once it is written whole and on disk."""
-    beside = path.with_name(path.name + ".partial")
+def replacing(path: Path, mode: str = "w", suffix: str = ".partial") -> Iterator:
+    """Open a file, text or ("wb") binary, that takes the place of `path` only once it is written whole and on disk.
+
+    Until then its name has the `suffix`, which must differ between processes that may write it at the same time.
+    """
+    beside = path.with_name(path.name + suffix)
     try:
-        with open(beside, "w", newline="") as file:
+        with open(beside, mode, newline="" if mode == "w" else None) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -60,8 +60,15 @@ class ImageData:
     facts: dict = field(default_factory=dict)  # sizes, for summary.json and the first lines
 
 
-def open_dataset(args, split: str, training: bool = False, class_map: dict | None = None, samples: int | None = None):
-    """A split of `--dataset`, through timm's factory.
+def open_dataset(
+    args,
+    split: str,
+    training: bool = False,
+    class_map: dict | None = None,
+    samples: int | None = None,
+    labelled: bool = True,
+):
+    """A split of `--dataset`, through timm's factory; where it need not be `labelled` and is not, all of one class.
 
     Raises:
         InputError: it cannot be opened or is empty.
@@ -99,7 +106,11 @@ def open_dataset(args, split: str, training: bool = False, class_map: dict | Non
     if hasattr(reader, "samples") and os.path.isdir(args.data_dir) and os.path.samefile(reader.root, args.data_dir):
         raise InputError(f"{args.data_dir} has no folder for the split '{split}'")  # timm would take all of it
     for key, option in ((getattr(reader, "image_key", None), "input"), (getattr(reader, "label_key", None), "target")):
-        if key and reader.dataset[0].get(key) is None:  # the reader adds a column it does not find
+        if key and reader.dataset[0].get(key) is None:
+            if option == "target" and not labelled:
+                others = reader.dataset.select_columns([c for c in reader.dataset.column_names if c != key])
+                reader.dataset = others.add_column(key, [0] * len(others))
+                continue
             raise InputError(f"dataset {args.dataset} has nothing in column '{key}'; see --{option}-key")
     return dataset
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
+from w2s.crossing import replacing
 from w2s.models import find_model, load_folder
 from w2s.options import InputError
 
@@ -129,36 +130,6 @@ def metric_labels(features: Inception | Classifier, count: int) -> tuple[str, st
     return f"fd{number}_{features.name}", f"mmd{number}_{features.name}"
 
 
-@torch.no_grad()
-def extract(
-    features: Callable[[Tensor], Tensor],
-    images: Callable[[Sequence[int]], Tensor] | Tensor,
-    count: int,
-    accelerator: "accelerate.Accelerator",  # noqa: F821
-    batch_size: int = 256,
-) -> Tensor:
-    """The features (count, d) of images 0 to count - 1, float32, in order, on the CPU of every process.
-
-    Batches are shared out whole, so that another number of processes computes the very same ones.
-
-    Args:
-        features: uint8 images (B, C, H, W) on the device -> (B, d).
-        images: all of them, or a function from row numbers to those images.
-    """
-    device, result = accelerator.device, None
-    for start in range(0, count, batch_size)[accelerator.process_index :: accelerator.num_processes]:
-        rows = range(start, min(start + batch_size, count))
-        batch = images(rows) if callable(images) else images[start : rows.stop]
-        values = features(batch.to(device)).float()
-        if result is None:
-            result = torch.zeros(count, values.shape[1], device=device)
-        result[start : rows.stop] = values
-    if result is None:  # more processes than batches
-        blank = images(range(1)) if callable(images) else images[:1]
-        result = torch.zeros(count, features(blank.to(device)).shape[1], device=device)
-    return accelerator.reduce(result, "sum").cpu()  # the rows of others are 0 here
-
-
 @dataclass
 class Statistics:
     """Mean (d,) and covariance (d, d) of features in float64, and features (m, d) for KID."""
@@ -167,28 +138,86 @@ class Statistics:
     covariance: np.ndarray
     features: np.ndarray
 
-    @classmethod
-    def of(cls, features: Tensor, device: torch.device | str = "cpu") -> "Statistics":
-        """The statistics of features (n, d), n >= 2; the sums run in float64, on `device` where it has that.
-
-        Raises:
-            InputError: fewer than two rows.
-        """
-        if len(features) < 2:
-            raise InputError(f"a Frechet distance needs at least two images, got {len(features)}")
-        wide = features.to("cpu" if torch.device(device).type == "mps" else device, torch.float64)
-        covariance = torch.cov(wide.T).reshape(features.shape[1], features.shape[1])
-        if len(features) > KID_IMAGES:  # drawn, as every k-th sample may well be of the same few classes
-            drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:KID_IMAGES]
-            features = features[drawn]
-        return cls(wide.mean(0).cpu().numpy(), covariance.cpu().numpy(), features.numpy())
-
     @cached_property
     def root(self) -> np.ndarray:
         """The symmetric square root of the covariance; eigenvalues within rounding of 0, or below, are 0."""
         values, vectors = np.linalg.eigh(self.covariance)
         values[values < values.max() * len(values) * np.finfo(float).eps] = 0
         return (vectors * np.sqrt(values)) @ vectors.T
+
+
+class Sums:
+    """What there is to keep of `count` features that come batch by batch, for their `Statistics`.
+
+    Mean and scatter are brought forward in float64 (Chan et al. 1979), so that a mean far from 0 costs no digits.
+
+    Raises:
+        InputError: fewer than two.
+    """
+
+    def __init__(self, count: int, width: int, device: torch.device) -> None:
+        if count < 2:
+            raise InputError(f"a Frechet distance needs at least two images, got {count}")
+        wide = {"dtype": torch.float64, "device": "cpu" if device.type == "mps" else device}
+        self.count, self.mean, self.scatter = 0, torch.zeros(width, **wide), torch.zeros(width, width, **wide)
+        drawn = torch.arange(count)
+        if count > KID_IMAGES:  # drawn, as every k-th sample may well be of the same few classes
+            drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:KID_IMAGES]
+        self.place = torch.full((count,), -1)
+        self.place[drawn] = torch.arange(len(drawn))
+        self.kept = torch.zeros(len(drawn), width)
+
+    def add(self, features: Tensor) -> None:
+        """The next features (n, d), in the order of the images."""
+        before, self.count = self.count, self.count + len(features)
+        place = self.place[before : self.count]
+        self.kept[place[place >= 0]] = features.cpu()[place >= 0]
+        wide = features.to(self.mean)
+        mean = wide.mean(0)
+        step, wide = mean - self.mean, wide - mean
+        self.mean += step * (len(features) / self.count)
+        self.scatter += wide.T @ wide + torch.outer(step, step) * (before * len(features) / self.count)
+
+    def statistics(self) -> Statistics:
+        """Of all that came."""
+        covariance = self.scatter / (self.count - 1)
+        return Statistics(self.mean.cpu().numpy(), covariance.cpu().numpy(), self.kept.numpy())
+
+
+@torch.no_grad()
+def measure(
+    features: Callable[[Tensor], Tensor],
+    images: Callable[[Sequence[int]], Tensor] | Tensor,
+    count: int,
+    accelerator: "accelerate.Accelerator",  # noqa: F821
+    batch_size: int = 256,
+) -> Statistics:
+    """The statistics of the features of images 0 to count - 1, the same on every process, a batch in memory at a time.
+
+    Batches are shared out whole and summed up in their order everywhere: another number of processes gives the same
+    bits.
+
+    Args:
+        features: uint8 images (B, C, H, W) on the device -> (B, d).
+        images: all of them, or a function from row numbers to those images.
+
+    Raises:
+        InputError: fewer than two images.
+    """
+    rank, world, sums = accelerator.process_index, accelerator.num_processes, None
+    for first in range(0, count, world * batch_size):
+        start = first + rank * batch_size
+        rows = range(start, min(start + batch_size, count)) or range(1)  # one image where none is left: for the width
+        batch = images(rows) if callable(images) else images[rows.start : rows.stop]
+        own = features(batch.to(accelerator.device)).float()
+        together = own.new_zeros(world * batch_size, own.shape[1])
+        if start < count:
+            together[rank * batch_size :][: len(own)] = own
+        together = accelerator.reduce(together, "sum")  # the rows of others are 0 here
+        sums = sums or Sums(count, own.shape[1], together.device)
+        for part in together[: count - first].split(batch_size):
+            sums.add(part)
+    return sums.statistics()
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:
@@ -245,12 +274,8 @@ def cached_statistics(
     made = make()
     if path and accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}.partial")
-        with open(beside, "wb") as file:
+        with replacing(path, "wb", f".{os.getpid()}.partial") as file:  # runs side by side share the folder
             np.savez(file, key=text, mean=made.mean, covariance=made.covariance, features=made.features)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
     return made
 
 

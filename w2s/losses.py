@@ -58,9 +58,13 @@ def kl_sigmoid(
     on = F.logsigmoid(teacher) - F.logsigmoid(student)
     off = F.logsigmoid(-teacher) - F.logsigmoid(-student)
     divergence = p * on + (-teacher).sigmoid() * off
-    weight = torch.ones_like(divergence) * (1.0 if weight is None else weight.detach().float())
-    total = weight.sum()
-    return (divergence * weight).sum() / torch.where(total > 0, total, 1.0) * temperature**2
+    if weight is None:
+        return divergence.sum() / max(divergence.numel(), 1) * temperature**2
+    weight = weight.detach().to(torch.float32, copy=True)  # autograd keeps it, and would not keep one of inference mode
+    weighted = divergence * weight
+    # the sum of the broadcast weights, without a tensor of the size of all anchors and classes that would hold them
+    total = weight.sum() * (weighted.numel() / max(weight.numel(), 1))
+    return weighted.sum() / torch.where(total > 0, total, 1.0) * temperature**2
 
 
 def mse_epsilon(student: Tensor, teacher: Tensor) -> Tensor:

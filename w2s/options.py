@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
 from timm.utils import ParseKwargs
 
@@ -49,16 +50,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(tokens + list(sys.argv[1:] if argv is None else argv))
 
     def _recipe_tokens(self, path: Path) -> list[str]:
-        try:
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise InputError(f"recipe {path} is no text file") from None
-        except yaml.YAMLError as error:
-            raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(recipe, dict):
-            raise InputError(f"{path} must be a mapping of options, not a {type(recipe).__name__}")
+        recipe = read_recipe(path)
         actions = {option[2:]: action for option, action in self._option_string_actions.items() if option[:2] == "--"}
         tokens = []
         for key, value in recipe.items():
@@ -70,6 +62,25 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"{path}: unknown key '{key}'" + (f", did you mean '{close[0]}'?" if close else ""))
             tokens += _tokens(path, key, action, value)
         return tokens
+
+
+def read_recipe(path: Path) -> dict:
+    """The keys and values of a recipe.
+
+    Raises:
+        InputError: it cannot be read or is no mapping.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"recipe {path} is no text file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise InputError(f"{path} must be a mapping of options, not a {type(recipe).__name__}")
+    return recipe
 
 
 def _tokens(path: Path, key: str, action: argparse.Action, value: object) -> list[str]:
@@ -141,14 +152,40 @@ def add_run_options(parser: Parser) -> None:
     group.add_argument("--group", metavar="NAME", help="W&B group, one for all arms (default: task, data and model)")
 
 
-def add_kd_options(parser: Parser, unit: str = "epochs", controls: Sequence[str] = ("shuffled", "random")) -> None:
-    """The method: the teacher and its early phase; `controls` are those that a task knows, see w2s.controls."""
-    group = parser.add_argument_group("distillation (off without --teacher)")
+def add_data_options(parser: Parser, kinds: str, folder: str) -> argparse._ArgumentGroup:
+    """Images to classify or to generate, of some `kinds` of --dataset, or in a `folder`; returns the group."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="", help=f"{kinds}; '' for a folder")
+    group.add_argument("--data-dir", metavar="DIR", help=f"{folder}, or root of the dataset")
+    group.add_argument("--train-split", default="train", metavar="NAME")
+    group.add_argument("--input-key", metavar="KEY", help="column of the image")
+    group.add_argument("--target-key", metavar="KEY", help="column of the label")
+    group.add_argument("--train-samples", type=positive_int, metavar="N", help="a seeded, class-balanced subset")
     group.add_argument(
-        "--teacher",
-        metavar="RUN_OR_FILE",
-        help="a run folder, .safetensors/.pth file (with --teacher-model), timm name, hf-hub:NAME or local-dir:FOLDER",
+        "--check-images", type=int, default=20000, metavar="N", help="decode N images a split first (-1: all)"
     )
+    group.add_argument(
+        "--cache",
+        choices=["auto", "device", "cpu", "none"],
+        default="auto",
+        help="decode once, keep the pixels there and augment them there (default: auto, on the device if that works)",
+    )
+    group.add_argument("-j", "--workers", type=natural_int, default=4, metavar="N", help="loader workers a process")
+    return group
+
+
+def add_kd_options(
+    parser: Parser, teacher: str, unit: str = "epochs", controls: Sequence[str] = ("shuffled", "random")
+) -> None:
+    """The method: the teacher and its early phase.
+
+    Args:
+        teacher: what --teacher takes.
+        unit: of the window.
+        controls: those that a task knows, see w2s.controls.
+    """
+    group = parser.add_argument_group("distillation (off without --teacher)")
+    group.add_argument("--teacher", metavar="RUN_OR_FILE", help=teacher)
     group.add_argument("--teacher-model", metavar="NAME", help="timm architecture of a --teacher file")
     group.add_argument("--teacher-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="its kwargs")
     group.add_argument(
@@ -180,7 +217,12 @@ def add_kd_options(parser: Parser, unit: str = "epochs", controls: Sequence[str]
 
 
 def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
-    """timm's optimiser and schedule options, under timm's names. The schedule runs on updates."""
+    """timm's optimiser and schedule options, under timm's names. The schedule runs on updates.
+
+    In epochs --decay-* have timm's defaults; in updates None, for the script to fill in as shares of its run.
+    """
+    decay, milestones = (30.0, [30.0, 60.0]) if unit == "epochs" else (None, None)
+    per = "" if unit == "epochs" else "%% of the run"
     group = parser.add_argument_group("optimiser and schedule (timm)")
     group.add_argument("--opt", default="sgd", metavar="NAME", help="any timm optimiser (default: %(default)s)")
     group.add_argument("--opt-eps", type=float)
@@ -199,8 +241,8 @@ def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     group.add_argument(f"--warmup-{unit}", type=not_negative, default=0)
     group.add_argument("--warmup-lr", type=float, default=1e-5)
     group.add_argument("--min-lr", type=float, default=0.0)
-    group.add_argument(f"--decay-{unit}", type=float, default=30, help="of step schedules (default: %(default)s)")
-    group.add_argument("--decay-milestones", type=float, nargs="+", default=[30, 60], help=f"{unit} (30 60)")
+    group.add_argument(f"--decay-{unit}", type=float, default=decay, help=f"of step schedules (default: 30{per})")
+    group.add_argument("--decay-milestones", type=float, nargs="+", default=milestones, help=f"{unit} (30 60{per})")
     group.add_argument("--decay-rate", type=float, default=0.1)
 
 
@@ -286,6 +328,13 @@ def not_negative(text: str) -> float:
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
     return value
+
+
+def backend(text: str) -> str:
+    """An argparse type: a backend of torch.compile."""
+    if text not in (known := torch._dynamo.list_backends(None)):
+        raise argparse.ArgumentTypeError(f"{text}: torch has {', '.join(known)}")
+    return text
 
 
 def _kd_off(text: str) -> str | float:

@@ -15,6 +15,7 @@ from torchvision import transforms
 from torchvision.utils import make_grid
 
 from w2s.cache import CachedSplit, cache_split, resolve_cache
+from w2s.crossing import replacing
 from w2s.data import STREAMS, check_images, class_names, image_mode, open_dataset, split_training, targets_of
 from w2s.loading import ImageSplit, eval_transform
 from w2s.options import InputError
@@ -54,7 +55,8 @@ def load_pixels(args, accelerator) -> PixelData:
     """Open, check and resize `--dataset` for a run; settles what `--cache auto` means.
 
     The shorter side is resized to --img-size and the centre cut out. The switch-off compares with the slice that
-    --switch-split holds out of training, or with the training images where that is 0.
+    --switch-split holds out of training, or with the training images where that is 0. Without --class-cond no labels
+    are needed; where there are some, subsets are balanced by them.
 
     Raises:
         InputError: see the functions this one calls.
@@ -65,10 +67,12 @@ def load_pixels(args, accelerator) -> PixelData:
     half = (0.5,) * args.in_chans
     config = {"input_size": (args.in_chans, args.img_size, args.img_size), "mean": half, "std": half}
     config |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
-    source = open_dataset(args, args.train_split)
+    source = open_dataset(args, args.train_split, labelled=args.class_cond)
     names = class_names(source)
     targets = targets_of(source, args.train_split, len(names) or None)
     num_classes = len(names) or int(targets.max()) + 1
+    if args.class_cond and num_classes == 1:
+        raise InputError(f"--class-cond: the images of split '{args.train_split}' have no labels, or one class")
     try:
         fraction = float(args.switch_split)
     except ValueError:
@@ -101,7 +105,7 @@ def load_pixels(args, accelerator) -> PixelData:
     other = args.fd_split not in (None, args.train_split)
     report = trained
     if other:
-        against = open_dataset(args, args.fd_split)
+        against = open_dataset(args, args.fd_split, labelled=False)
         report = reference(against, args.fd_split, np.arange(len(against)))
     switch = reference(source, args.train_split, held) if len(held) else trained
     facts = {"train": len(rows), "switch": len(held), "report": len(report)}
@@ -112,6 +116,5 @@ def save_grid(images: Tensor, path: Path, count: int = 64) -> None:
     """Write the first `count` images (N, C, H, W), uint8, as one PNG, small ones enlarged; complete or not at all."""
     scale = max(1, 48 // images.shape[-1])
     grid = make_grid(images[:count], nrow=8, padding=2).permute(1, 2, 0).numpy()
-    beside = path.with_name(f".{path.name}.partial")
-    Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1)).save(beside, format="PNG")
-    beside.replace(path)
+    with replacing(path, "wb") as file:
+        Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1)).save(file, format="PNG")

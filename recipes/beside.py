@@ -1,0 +1,199 @@
+"""An update of our loops beside one of the library's own training example: one process, alternating rounds, medians.
+
+    python recipes/beside.py det -c recipes/digits_det_w2s.yaml --teacher RUN
+    python recipes/beside.py diffusion -c recipes/digits_diffusion_w2s.yaml --teacher RUN
+
+det: references/detection of torchvision. diffusion: examples/unconditional_image_generation of diffusers, and sampling
+beside its DDIMPipeline. Neither is in the packages, so their loop bodies stand here, step by step what they do: default
+memory format and optimiser kernels, losses read at every step. Model, weights, batch, precision and kind of optimiser
+are the recipe's on all sides; in diffusion all sides clip gradients at 1, as the example does.
+"""
+
+import json
+import statistics
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
+
+from w2s.bench import Bench, ratio, set_up
+from w2s.bench_tasks import Detection, Diffusion
+from w2s.diffusion import UNet
+from w2s.options import InputError
+from w2s.run import call_main
+from w2s.sampling import generate
+
+
+class Meters:
+    """Losses as torchvision's MetricLogger keeps them: each read at every step, medians of 20 written every 20."""
+
+    def __init__(self) -> None:
+        self.windows, self.step = defaultdict(partial(deque, maxlen=20)), 0
+
+    def update(self, **values: Tensor | float) -> None:
+        """Read and keep them."""
+        for name, value in values.items():
+            self.windows[name].append(value.item() if isinstance(value, Tensor) else value)
+        if self.step % 20 == 0:
+            medians = {name: statistics.median(window) for name, window in self.windows.items()}
+            tqdm.write(f"step {self.step} {medians}", file=sys.stderr)
+        self.step += 1
+
+
+def optimizer_for(bench: Bench, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's, with the kernels that torch takes by itself."""
+    optimizer, _ = bench.task.optimizer(model, bench.images, bench.updates_per_epoch)
+    for group in optimizer.param_groups:
+        group["fused"] = None
+    return optimizer
+
+
+def torchvision_loop(bench: Bench) -> Callable[[int, Iterator], None]:
+    """train_one_epoch of references/detection/engine.py, on torchvision's own class."""
+    device, meters = bench.run.device, Meters()
+    bench.run.seed()
+    model = bench.task.student().to(device).train()
+    model.__class__ = type(model).__bases__[-1]  # without what is ours: forwards give losses alone
+    for module in model.modules():
+        module._forward_hooks.clear()
+    optimizer = optimizer_for(bench, model)
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1 / 1000, total_iters=min(1000, bench.updates_per_epoch - 1)
+    )
+
+    def train(count: int, batches: Iterator) -> None:
+        for images, targets in islice(batches, count):
+            images = [image.to(device) for image in images]
+            targets = [{k: v.to(device) for k, v in t.items() if isinstance(v, Tensor)} for t in targets]
+            with bench.run.accelerator.autocast():
+                losses = model(images, targets)
+                loss = sum(losses.values())
+            loss.item()  # to see that it is finite
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            meters.update(loss=loss, **losses, lr=optimizer.param_groups[0]["lr"])
+
+    return train
+
+
+def diffusers_unet(student: UNet) -> UNet2DModel:
+    """diffusers' own class with a student's weights."""
+    plain = UNet2DModel.from_config(student.config)
+    plain.load_state_dict(student.state_dict())
+    return plain
+
+
+def diffusers_loop(bench: Bench) -> Callable[[int, Iterator], None]:
+    """The loop of examples/unconditional_image_generation/train_unconditional.py."""
+    args, accelerator, process = bench.args, bench.run.accelerator, bench.task.process
+    bench.run.seed()
+    model = diffusers_unet(bench.task.student())
+    optimizer = optimizer_for(bench, model)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=args.updates)
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    ema = EMAModel(
+        *(model.parameters(), args.model_ema_decay),
+        **dict(use_ema_warmup=True, inv_gamma=1.0, power=3 / 4, model_cls=UNet2DModel, model_config=model.config),
+    )
+    bar = tqdm(total=args.updates, desc="reference")
+    model.train()
+
+    def train(count: int, batches: Iterator) -> None:
+        for images, _ in islice(batches, count):
+            noise = torch.randn(images.shape, device=images.device)
+            t = torch.randint(0, process.config.num_train_timesteps, (len(images),), device=images.device).long()
+            noisy = process.add_noise(images, noise, t)
+            with accelerator.accumulate(model):
+                prediction = model(noisy, t).sample
+                loss = F.mse_loss(prediction.float(), noise.float())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                ema.step(model.parameters())
+                bar.update(1)
+            bar.set_postfix(loss=loss.detach().item(), lr=schedule.get_last_lr()[0], ema_decay=ema.cur_decay_value)
+
+    return train
+
+
+def samplers(bench: Bench, student: UNet) -> list[Callable[[int], float]]:
+    """Ours and diffusers': seconds an image, of one batch."""
+    args, task, run, steps = bench.args, bench.task, bench.run, bench.args.sample_steps
+    count = min(args.fd_samples, args.validation_batch_size)
+    shape, student = (args.in_chans, args.img_size, args.img_size), student.eval()
+    pipeline = DDIMPipeline(diffusers_unet(student).to(run.device), DDIMScheduler.from_config(task.process.config))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def ours(_: int) -> float:
+        call = partial(generate, student, task.process, count, 0, run.accelerator, shape, "ddim", steps, count)
+        return bench.seconds(call) / count
+
+    def theirs(_: int) -> float:
+        call = partial(pipeline, batch_size=count, num_inference_steps=steps, output_type="np")
+        with run.accelerator.autocast():
+            return bench.seconds(call) / count
+
+    return [ours, theirs]
+
+
+def measure(bench: Bench) -> dict:
+    """Seconds an update of each side and their ratios, for diffusion the seconds a sampled image, too."""
+    args, kept = bench.args, bench.batches()
+    plain, taught = bench.job(taught=False), bench.job(taught=True)
+    reference = torchvision_loop(bench) if bench.task.name == "det" else diffusers_loop(bench)
+    sides = [bench.updates(plain, kept), bench.updates(taught, kept), bench.timed(reference, kept)]
+    times = bench.alternate(sides, args.rounds, args.round_updates)
+    figures = {
+        "seconds_per_update": dict(zip(("plain", "teacher", "reference"), map(statistics.median, times), strict=True)),
+        "teacher_ratio": ratio(times[0], times[1]),
+        "flops_bound": 1 + bench.flops["teacher_forward"] / bench.flops["student_update"],
+        "reference_ratio": ratio(times[0], times[2]),
+        "batch": bench.images,
+    }
+    if bench.task.name == "diffusion":
+        times = bench.alternate(samplers(bench, plain.student), args.rounds, 1)
+        names = "images_per_second_sampled", "images_per_second_sampled_reference"
+        figures |= {name: 1 / statistics.median(seconds) for name, seconds in zip(names, times, strict=True)}
+        figures["sampling_reference_ratio"] = ratio(*times)
+    return figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    kind, *argv = (sys.argv[1:] if argv is None else argv) or [""]
+    kinds = {"det": Detection, "diffusion": Diffusion}
+    if kind not in kinds:
+        raise InputError(f"the first word is det or diffusion, not '{kind}'")
+    args, bench = set_up(argv, kinds[kind], __doc__)
+    if bench.run.accelerator.num_processes > 1 or args.grad_accum_steps > 1:
+        raise InputError("the reference loops are of one process and one micro-batch an update")
+    if kind == "diffusion":
+        if args.class_cond or args.prediction != "epsilon" or args.sampler != "ddim" or not args.model.startswith("nc"):
+            raise InputError("the reference trains U-Nets to predict epsilon without classes, and samples with ddim")
+        args.clip_grad = 1.0
+    figures = json.dumps(measure(bench), indent=2)
+    print(figures)
+    if args.json:
+        Path(args.json).write_text(figures + "\n")
+
+
+if __name__ == "__main__":
+    call_main(main)

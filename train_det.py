@@ -346,9 +346,9 @@ def main(argv: list[str] | None = None) -> None:
         student.backbone.memory_format = torch.channels_last
     ema = ModelEmaV3(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
     if args.torchcompile:
-        for detector in (student, teacher and teacher.model):
-            if detector:
-                detector.backbone.compile(backend=args.torchcompile)
+        student.backbone.compile(backend=args.torchcompile)
+        if teacher:
+            teacher.model.backbone.compile(backend=args.torchcompile)
     model, optimizer = accelerator.prepare(student, optimizer)
 
     total = min(3, updates_per_epoch) if args.dry_run else args.epochs * updates_per_epoch

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -28,6 +29,7 @@ from w2s.detection import RetinaNet, load_detector
 from w2s.optim import build_optimizer, scaled_lr
 from w2s.options import InputError
 from w2s.run import NonFiniteLoss
+from w2s.teacher import Teacher
 
 LOSSES = ("classification", "bbox_regression")
 WEAK = "--model-kwargs channels=(8,8,8,8) stem_width=8 --fpn-channels 8"
@@ -129,6 +131,25 @@ def test_surpass_switches_off_for_good(digits_det, teacher, tmp_path):
     assert summary["kd_off"]["epoch"] == 1 and summary["status"] == "finished"
     assert [row["kd_active"] for row in rows] == ["0", "0"] and rows[1]["kd_loss"] == ""
     assert len(looks) == int(rows[0]["update"]) + 1  # and once to count its FLOPs
+
+
+def test_a_compiled_teacher_is_gone_once_it_is_released(digits_det, teacher, tmp_path):
+    set_up, release, models, left = train_det.set_up_teacher, Teacher.release, [], []
+
+    def watched(*args):
+        models.append(weakref.ref((made := set_up(*args)).model))
+        return made
+
+    def released(self):
+        release(self)
+        left.append(models[-1]())
+
+    with mock.patch.object(train_det, "set_up_teacher", watched), mock.patch.object(Teacher, "release", released):
+        call_script(
+            *(train_det.main, DETECT, "--dry-run --kd-warmup 0 --kd-hold 0.3 --kd-decay 0 --torchcompile eager"),
+            *("--data", digits_det, "--teacher", teacher, "--output", tmp_path),
+        )
+    assert left == [None], "main's own frame holds it no longer"
 
 
 def test_faster_rcnn_both_arms(digits_det, tmp_path):

@@ -178,6 +178,19 @@ def test_an_evaluation_opens_the_reporting_split_only(tmp_path):
         load_detection(options(folder), 0)
 
 
+def test_an_evaluation_opens_the_reporting_split_of_a_hugging_face_set_only(tmp_path):
+    objects = {"bbox": [[5.0, 6.0, 10.0, 10.0]], "category": [1], "area": [50.0]}
+    write_objects(tmp_path / "named", ["cat", "dog"], test=objects)
+    data = load_detection(options(f"hfds/{tmp_path / 'named'}", eval_only=True), 0)
+    assert data.train is None and len(data.report) == 1 and data.classes == ["cat", "dog"]
+    with pytest.raises(InputError, match="cannot open split 'train'"):
+        load_detection(options(f"hfds/{tmp_path / 'named'}"), 0)
+    # without names the training split says what classes there are
+    write_objects(tmp_path / "bare", "int64", train={**objects, "category": [2]}, test=objects)
+    data = load_detection(options(f"hfds/{tmp_path / 'bare'}", eval_only=True), 0)
+    assert data.train is None and data.classes == ["0", "1", "2"]
+
+
 # ---- splits ----
 
 
@@ -244,12 +257,13 @@ def test_hugging_face_sets_come_through_the_same_door(layout, corners, tmp_path)
         load_detection(args, 0)
 
 
-def write_objects(folder: Path, kind: str, **parts: dict[str, list]) -> None:
-    """Splits of one image each, without a ClassLabel."""
+def write_objects(folder: Path, kind: str | list[str], **parts: dict[str, list]) -> None:
+    """Splits of one image each, their classes of a plain kind, or a ClassLabel of these names."""
     import datasets
 
+    label = datasets.Value(kind) if isinstance(kind, str) else datasets.ClassLabel(names=kind)
     inner = {"bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=4))}
-    inner |= {"category": datasets.Sequence(datasets.Value(kind)), "area": datasets.Sequence(datasets.Value("float32"))}
+    inner |= {"category": datasets.Sequence(label), "area": datasets.Sequence(datasets.Value("float32"))}
     features = datasets.Features({"image": datasets.Image(), "objects": inner})
     for split, objects in parts.items():
         rows = {"image": [Image.new("RGB", (40, 30))], "objects": [objects]}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from w2s.detection import DetectorConfig, FasterRCNN, RetinaNet, Seen, build_detector, load_detector
@@ -14,6 +14,9 @@ from w2s.models import WEIGHT_FILES, load_weights
 from w2s.options import InputError
 from w2s.teacher import Teacher
 
+# how raw outputs become detections: attributes of RetinaNet, or of Faster R-CNN's RPN and RoI head
+POST_PROCESSING = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+POST_PROCESSING += ("_pre_nms_top_n", "_post_nms_top_n")
 BETA = 1 / 9  # of smooth L1 on box deltas, as in torchvision
 
 
@@ -80,8 +83,13 @@ class DetectorTeacher(Teacher):
     ) -> None:
         check_lined_up(student.config, model.config, source)
         super().__init__(model, f"{model.config.detector}_{model.config.backbone}", source, accelerator, channels_last)
-        # it is scored as the student is, on images of the student's size, as it sees them in training
+        # it is scored as the student is: on images of the student's size, as it sees them in training, and with its
+        # thresholds
         model.transform.min_size, model.transform.max_size = student.transform.min_size, student.transform.max_size
+        for own, other in zip(_detecting(model), _detecting(student), strict=True):
+            for name in POST_PROCESSING:
+                if hasattr(other, name):
+                    setattr(own, name, getattr(other, name))
         # one affine map from the student's normalisation to the teacher's
         mean, std, own_mean, own_std = (
             torch.tensor(values, device=accelerator.device).view(-1, 1, 1)
@@ -102,6 +110,11 @@ class DetectorTeacher(Teacher):
         for tensor, (height, width) in zip(tensors, images.image_sizes, strict=True):
             tensor[:, height:], tensor[:, :, width:] = 0, 0  # the padding is 0 in either normalisation
         return ImageList(tensors, images.image_sizes)
+
+
+def _detecting(model: RetinaNet | FasterRCNN) -> list[nn.Module]:
+    """The parts that have POST_PROCESSING."""
+    return [model] if isinstance(model, RetinaNet) else [model.rpn, model.roi_heads]
 
 
 def load_detector_teacher(

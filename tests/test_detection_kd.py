@@ -229,6 +229,12 @@ def test_a_teacher_is_a_folder_or_a_weights_file_with_its_backbone(tmp_path):
         assert loaded.config.trainable_layers is None
         assert source.startswith(str(tmp_path / "old"))
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    for norm in ("gn", "bn", "frozen_bn"):  # a weights file says itself how wide its pyramid is, and how normalised
+        other = build_detector(tiny(norm=norm, fpn_channels=24))
+        torch.save(other.state_dict(), tmp_path / f"{norm}.pth")
+        loaded, _ = load_detector_teacher(str(tmp_path / f"{norm}.pth"), "resnet10t", kwargs, tiny())
+        assert (loaded.config.norm, loaded.config.fpn_channels) == (norm, 24)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), other.parameters(), strict=True))
     for spec, backbone, message in (
         ("old/model/model.safetensors", None, "name its timm backbone"),
         ("old/model/model.safetensors", "resnet10t", "another architecture|does not fit"),

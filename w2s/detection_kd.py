@@ -10,7 +10,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from w2s.detection import DetectorConfig, FasterRCNN, RetinaNet, Seen, build_detector, load_detector
 from w2s.losses import kl_sigmoid, kl_softmax
-from w2s.models import WEIGHT_FILES, load_weights
+from w2s.models import WEIGHT_FILES, load_weights, read_weights
 from w2s.options import InputError
 from w2s.teacher import Teacher
 
@@ -134,7 +134,7 @@ def load_detector_teacher(
             raise InputError(f"--teacher {spec} is a weights file: name its timm backbone with --teacher-model")
         # the stages to train are the student's, of its backbone
         config = replace(student, backbone=backbone, model_kwargs=model_kwargs, trainable_layers=None)
-        model = build_detector(config)
+        model = build_detector(replace(config, **_pyramid(read_weights(path))))
         load_weights(model, path)
         return model, spec
     if backbone or model_kwargs:
@@ -143,6 +143,16 @@ def load_detector_teacher(
         raise InputError(f"--teacher {spec}: no such run folder or file")
     model, folder = load_detector(spec)
     return model, str(folder)
+
+
+def _pyramid(weights: dict[str, Tensor]) -> dict:
+    """Width and norm of a detector's weights, as DetectorConfig names them; nothing where they are no detector's."""
+    first = weights.get("backbone.fpn.inner_blocks.0.0.weight")
+    if first is None:
+        return {}
+    counted = any(name.endswith("num_batches_tracked") for name in weights)  # which a frozen BatchNorm does not
+    norm = "gn" if "backbone.fpn.inner_blocks.0.1.weight" in weights else "bn" if counted else "frozen_bn"
+    return {"fpn_channels": len(first), "norm": norm}
 
 
 def check_lined_up(student: DetectorConfig, teacher: DetectorConfig, source: str) -> None:

@@ -31,7 +31,7 @@ from w2s.coco import DetectionData, load_detection
 from w2s.coco_eval import NUMBERS, draw_predictions, gather, record, shared_numbers, write_detections
 from w2s.controls import Control, make_control, untrain
 from w2s.crossing import RunRecord
-from w2s.detection import DETECTORS, TERMS, DetectorConfig, build_detector, export, load_detector
+from w2s.detection import DETECTORS, TERMS, DetectorConfig, build_detector, export, load_detector, read_config
 from w2s.detection_kd import DetectorTeacher, distillation_terms, load_detector_teacher
 from w2s.models import find_model, load_weights
 from w2s.optim import build_optimizer, scaled_lr
@@ -186,7 +186,11 @@ def build_student(args, config: DetectorConfig) -> nn.Module:
     student = build_detector(config, args.pretrained_backbone)
     if args.initial_checkpoint:
         path = Path(args.initial_checkpoint)
-        load_weights(student, find_model(str(path)) / "model.safetensors" if path.is_dir() else path)
+        if path.is_dir():
+            folder = find_model(str(path))
+            read_config(folder)  # which refuses what is no detector in clearer words
+            path = folder / "model.safetensors"
+        load_weights(student, path)
     if args.lsj or args.scale_jitter:
         student.transform._skip_resize = True  # in training only: the jitter has sized the images
     return student

@@ -16,6 +16,7 @@ steps at epochs 16 and 22 of 26.
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -243,6 +244,18 @@ def validate(model, split: DetectionSplit, args, accelerator) -> tuple[dict[str,
     return shared_numbers(found, split, accelerator), found
 
 
+def open_data(args, config: DetectorConfig) -> DetectionData:
+    """The data, whose classes complete the config; not before it is certain that a model can be built of the rest.
+
+    Raises:
+        InputError: of either.
+    """
+    build_detector(dataclasses.replace(config, classes=["any"]))
+    data = load_detection(args, DETECTORS[config.detector].first_label)
+    config.classes = data.classes
+    return data
+
+
 def evaluate_only(args, run: Run, config: DetectorConfig, named: bool) -> None:
     """--eval-only: print the 12 numbers, write detections.json and predictions.png.
 
@@ -251,8 +264,7 @@ def evaluate_only(args, run: Run, config: DetectorConfig, named: bool) -> None:
     path = Path(args.initial_checkpoint or run.folder)
     folder = run.folder if named else path.parent if path.is_file() else path
     if path.is_file():
-        data = load_detection(args, DETECTORS[config.detector].first_label)
-        config.classes = data.classes
+        data = open_data(args, config)
         model = build_student(args, config)
     else:
         model, _ = load_detector(str(path))
@@ -309,8 +321,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # data and student
-    data = load_detection(args, DETECTORS[config.detector].first_label)
-    config.classes = data.classes
+    data = open_data(args, config)
     run.seed()
     student = build_student(args, config).to(run.device)
 

@@ -272,7 +272,8 @@ def test_a_non_finite_loss_ends_the_run(digits_det, tmp_path):
     ("words", "message"),
     [
         ("--data nowhere", "no such folder"),
-        ("--data {data} --model resnet51", "unknown model 'resnet51'"),
+        ("--data digits_det --model resnet51", "unknown model 'resnet51'"),
+        ("--data digits_det --detector-kwargs topk_candidates=-1", "topk_candidates is a number from 1 up, got -1"),
         ("--data {data} --strides 3", "no stride 3"),
         ("--data {data} --norm ln", "--norm ln"),
         ("--data {data} --min-size 100", "--min-size 100 is above --max-size 64"),

@@ -16,6 +16,7 @@ steps at epochs 16 and 22 of 26.
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from w2s.coco import DetectionData, load_detection
 from w2s.coco_eval import NUMBERS, draw_predictions, gather, record, shared_numbers, write_detections
 from w2s.controls import Control, make_control, untrain
 from w2s.crossing import RunRecord
-from w2s.detection import DETECTORS, TERMS, DetectorConfig, build_detector, export, load_detector
+from w2s.detection import DETECTORS, TERMS, DetectorConfig, build_detector, export, load_detector, read_config
 from w2s.detection_kd import DetectorTeacher, distillation_terms, load_detector_teacher
 from w2s.models import find_model, load_weights
 from w2s.optim import build_optimizer, scaled_lr
@@ -186,7 +187,11 @@ def build_student(args, config: DetectorConfig) -> nn.Module:
     student = build_detector(config, args.pretrained_backbone)
     if args.initial_checkpoint:
         path = Path(args.initial_checkpoint)
-        load_weights(student, find_model(str(path)) / "model.safetensors" if path.is_dir() else path)
+        if path.is_dir():
+            folder = find_model(str(path))
+            read_config(folder)  # which refuses what is no detector in clearer words
+            path = folder / "model.safetensors"
+        load_weights(student, path)
     if args.lsj or args.scale_jitter:
         student.transform._skip_resize = True  # in training only: the jitter has sized the images
     return student
@@ -239,6 +244,18 @@ def validate(model, split: DetectionSplit, args, accelerator) -> tuple[dict[str,
     return shared_numbers(found, split, accelerator), found
 
 
+def open_data(args, config: DetectorConfig) -> DetectionData:
+    """The data, whose classes complete the config; not before it is certain that a model can be built of the rest.
+
+    Raises:
+        InputError: of either.
+    """
+    build_detector(dataclasses.replace(config, classes=["any"]))
+    data = load_detection(args, DETECTORS[config.detector].first_label)
+    config.classes = data.classes
+    return data
+
+
 def evaluate_only(args, run: Run, config: DetectorConfig, named: bool) -> None:
     """--eval-only: print the 12 numbers, write detections.json and predictions.png.
 
@@ -247,8 +264,7 @@ def evaluate_only(args, run: Run, config: DetectorConfig, named: bool) -> None:
     path = Path(args.initial_checkpoint or run.folder)
     folder = run.folder if named else path.parent if path.is_file() else path
     if path.is_file():
-        data = load_detection(args, DETECTORS[config.detector].first_label)
-        config.classes = data.classes
+        data = open_data(args, config)
         model = build_student(args, config)
     else:
         model, _ = load_detector(str(path))
@@ -305,8 +321,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # data and student
-    data = load_detection(args, DETECTORS[config.detector].first_label)
-    config.classes = data.classes
+    data = open_data(args, config)
     run.seed()
     student = build_student(args, config).to(run.device)
 
@@ -346,9 +361,9 @@ def main(argv: list[str] | None = None) -> None:
         student.backbone.memory_format = torch.channels_last
     ema = ModelEmaV3(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
     if args.torchcompile:
-        for detector in (student, teacher and teacher.model):
-            if detector:
-                detector.backbone.compile(backend=args.torchcompile)
+        student.backbone.compile(backend=args.torchcompile)
+        if teacher:
+            teacher.model.backbone.compile(backend=args.torchcompile)
     model, optimizer = accelerator.prepare(student, optimizer)
 
     total = min(3, updates_per_epoch) if args.dry_run else args.epochs * updates_per_epoch

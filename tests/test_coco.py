@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from w2s import digits_det
 from w2s.boxes import check_images
 from w2s.coco import annotate, load_detection, open_detection, read_coco, split_training
 from w2s.digits_det import draw_canvas, write_digits
@@ -178,6 +179,19 @@ def test_an_evaluation_opens_the_reporting_split_only(tmp_path):
         load_detection(options(folder), 0)
 
 
+def test_an_evaluation_opens_the_reporting_split_of_a_hugging_face_set_only(tmp_path):
+    objects = {"bbox": [[5.0, 6.0, 10.0, 10.0]], "category": [1], "area": [50.0]}
+    write_objects(tmp_path / "named", ["cat", "dog"], test=objects)
+    data = load_detection(options(f"hfds/{tmp_path / 'named'}", eval_only=True), 0)
+    assert data.train is None and len(data.report) == 1 and data.classes == ["cat", "dog"]
+    with pytest.raises(InputError, match="cannot open split 'train'"):
+        load_detection(options(f"hfds/{tmp_path / 'named'}"), 0)
+    # without names the training split says what classes there are
+    write_objects(tmp_path / "bare", "int64", train={**objects, "category": [2]}, test=objects)
+    data = load_detection(options(f"hfds/{tmp_path / 'bare'}", eval_only=True), 0)
+    assert data.train is None and data.classes == ["0", "1", "2"]
+
+
 # ---- splits ----
 
 
@@ -244,12 +258,13 @@ def test_hugging_face_sets_come_through_the_same_door(layout, corners, tmp_path)
         load_detection(args, 0)
 
 
-def write_objects(folder: Path, kind: str, **parts: dict[str, list]) -> None:
-    """Splits of one image each, without a ClassLabel."""
+def write_objects(folder: Path, kind: str | list[str], **parts: dict[str, list]) -> None:
+    """Splits of one image each, their classes of a plain kind, or a ClassLabel of these names."""
     import datasets
 
+    label = datasets.Value(kind) if isinstance(kind, str) else datasets.ClassLabel(names=kind)
     inner = {"bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=4))}
-    inner |= {"category": datasets.Sequence(datasets.Value(kind)), "area": datasets.Sequence(datasets.Value("float32"))}
+    inner |= {"category": datasets.Sequence(label), "area": datasets.Sequence(datasets.Value("float32"))}
     features = datasets.Features({"image": datasets.Image(), "objects": inner})
     for split, objects in parts.items():
         rows = {"image": [Image.new("RGB", (40, 30))], "objects": [objects]}
@@ -299,6 +314,28 @@ def test_the_built_in_digits_are_the_same_every_time(tmp_path):
     data = load_detection(options(tmp_path / "a"), 0)
     assert data.classes == [str(k) for k in range(10)] and len(data.train) == 3
     assert not list(tmp_path.glob(".*")), "nothing half-written stays"
+
+
+def test_the_built_in_digits_are_kept_once_and_not_in_a_dry_run(tmp_path, monkeypatch):
+    small, left = {"train": 3, "val": 2, "size": 96, "digits": 2, "seed": 0}, []
+    monkeypatch.setattr(digits_det, "PARAMETERS", small)
+    monkeypatch.setattr(digits_det.atexit, "register", lambda *call, **kwargs: left.append((*call, kwargs)))
+    monkeypatch.setattr(digits_det.tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    output = tmp_path / "out"
+    assert len(load_detection(options("digits_det", output=output, dry_run=True), 0).train) == 3
+    assert not output.exists() and len(list((tmp_path / "scratch").iterdir())) == 1
+    for remove, path, kwargs in left:
+        remove(path, **kwargs)
+    assert not list((tmp_path / "scratch").iterdir())
+    load_detection(options("digits_det", output=output), 0)
+    written = (output / "digits_det" / "annotations" / "instances_val2017.json").stat().st_mtime_ns
+    load_detection(options("digits_det", output=output), 0)
+    load_detection(options("digits_det", output=output, dry_run=True), 0)
+    assert (output / "digits_det" / "annotations" / "instances_val2017.json").stat().st_mtime_ns == written
+    monkeypatch.setattr(digits_det, "PARAMETERS", small | {"seed": 1})
+    with pytest.raises(InputError, match="digits_det is not the built-in set as it is written today: remove"):
+        load_detection(options("digits_det", output=output), 0)
 
 
 def test_digits_lie_in_their_boxes():

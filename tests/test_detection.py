@@ -27,7 +27,8 @@ def tiny(kind: str = "retinanet", backbone: str = "resnet10t", **options) -> Det
     """A detector of a few thousand parameters."""
     kwargs = RESNET if backbone.startswith("resnet") else {}
     if kind == "fasterrcnn":
-        options["detector_kwargs"] = {"box_batch_size_per_image": 16, "rpn_post_nms_top_n_train": 50}
+        fewer = {"box_batch_size_per_image": 16, "rpn_post_nms_top_n_train": 50}
+        options["detector_kwargs"] = fewer | options.get("detector_kwargs", {})
     return DetectorConfig(kind, backbone, NAMES, **{**TINY, "model_kwargs": kwargs, **options})
 
 
@@ -206,6 +207,13 @@ def test_an_export_loads_as_it_was(kind, tmp_path):
         ({"detector_kwargs": {"colour": 1}}, "--detector-kwargs.*colour"),
         ({"detector_kwargs": {"num_classes": 7}}, "--detector-kwargs: 'num_classes' follows from the other options"),
         ({"detector_kwargs": {"min_size": 7}}, "--detector-kwargs: 'min_size' follows from the other options"),
+        ({"detector_kwargs": {"topk_candidates": -1}}, "topk_candidates is a number from 1 up, got -1"),
+        ({"detector_kwargs": {"detections_per_img": 9.5}}, "detections_per_img is a number from 1 up, got 9.5"),
+        ({"detector_kwargs": {"score_thresh": "abc"}}, r"score_thresh is a number in \[0, 1\], got 'abc'"),
+        ({"detector_kwargs": {"nms_thresh": 1.5}}, r"nms_thresh is a number in \[0, 1\], got 1.5"),
+        ({"detector_kwargs": {"proposal_matcher": 1}}, "'proposal_matcher' follows from"),
+        ({"detector_kwargs": {"bg_iou_thresh": 0.6}}, "bg_iou_thresh 0.6 is above fg_iou_thresh 0.5"),
+        ({"kind": "fasterrcnn", "detector_kwargs": {"bbox_reg_weights": [1, 2]}}, "four numbers above 0"),
         ({"anchor_scale": 0.0}, "--anchor-scale 0: no side in pixels on stride 4"),
         ({"anchor_scale": -1.0}, "--anchor-scale -1: no side"),
         ({"anchor_scale": 0.2}, "--anchor-scale 0.2: no side"),
@@ -223,6 +231,8 @@ def test_what_cannot_be_built_is_refused_in_one_line(options, message):
 def test_a_folder_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
     with pytest.raises(InputError, match="no exported detector"):
+        read_config(tmp_path)
+    with pytest.raises(InputError, match="is no detector"):
         read_config(tmp_path)
     with pytest.raises(InputError, match="no exported model"):
         load_detector(str(tmp_path / "nothing"))

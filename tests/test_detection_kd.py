@@ -177,6 +177,26 @@ def test_a_teacher_detects_at_the_students_size(kind, accelerator):
     assert sizes[0] == sizes[1]
 
 
+@KINDS
+def test_a_teacher_detects_with_the_students_thresholds(kind, accelerator):
+    other = {"score_thresh": 0.9, "nms_thresh": 0.9, "detections_per_img": 1}
+    other = {f"box_{k}": v for k, v in other.items()} if kind == "fasterrcnn" else other | {"topk_candidates": 2}
+    if kind == "fasterrcnn":
+        other |= {"rpn_pre_nms_top_n_test": 3, "rpn_post_nms_top_n_test": 2, "rpn_nms_thresh": 0.1}
+        other |= {"rpn_score_thresh": 0.9}
+    torch.manual_seed(0)
+    base = {"box_score_thresh": 0.01} if kind == "fasterrcnn" else {"score_thresh": 0.001}
+    student = build_detector(dataclasses.replace(tiny(kind), detector_kwargs=base))
+    stricter = build_detector(dataclasses.replace(tiny(kind), detector_kwargs=other))
+    stricter.load_state_dict(student.state_dict())
+    teacher = DetectorTeacher(stricter, "somewhere", accelerator, student)
+    images, _ = batch()
+    with torch.no_grad():
+        for ours, theirs in zip(teacher(images), student.eval()(images), strict=True):
+            assert len(theirs["boxes"]) > 1
+            assert torch.equal(ours["boxes"], theirs["boxes"]) and torch.equal(ours["scores"], theirs["scores"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -209,6 +229,12 @@ def test_a_teacher_is_a_folder_or_a_weights_file_with_its_backbone(tmp_path):
         assert loaded.config.trainable_layers is None
         assert source.startswith(str(tmp_path / "old"))
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    for norm in ("gn", "bn", "frozen_bn"):  # a weights file says itself how wide its pyramid is, and how normalised
+        other = build_detector(tiny(norm=norm, fpn_channels=24))
+        torch.save(other.state_dict(), tmp_path / f"{norm}.pth")
+        loaded, _ = load_detector_teacher(str(tmp_path / f"{norm}.pth"), "resnet10t", kwargs, tiny())
+        assert (loaded.config.norm, loaded.config.fpn_channels) == (norm, 24)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), other.parameters(), strict=True))
     for spec, backbone, message in (
         ("old/model/model.safetensors", None, "name its timm backbone"),
         ("old/model/model.safetensors", "resnet10t", "another architecture|does not fit"),

@@ -216,6 +216,8 @@ def test_args_yaml_as_a_recipe_gives_the_same_options(tmp_path, words, resolved)
     "words",
     [
         ("--kd-weight", "-1"),
+        ("--clip-grad", "-1"),
+        ("--clip-grad", "0"),
         ("--kd-warmup", "-0.1"),
         ("--kd-hold", "nan"),
         ("--kd-patience", "0"),

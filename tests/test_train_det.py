@@ -1,9 +1,11 @@
 """train_det.py end to end on a handful of tiny canvases: both detectors, both arms, silence, faults, bad input."""
 
+import contextlib
 import json
 import re
 import shutil
 import signal
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -21,17 +23,36 @@ from conftest import (
 )
 from PIL import Image
 from safetensors.torch import load_file
+from test_coco import COCO
 
 import train_det
 from w2s.coco_eval import NUMBERS
-from w2s.detection import RetinaNet, load_detector
+from w2s.detection import RetinaNet, export, load_detector
 from w2s.optim import build_optimizer, scaled_lr
 from w2s.options import InputError
-from w2s.run import NonFiniteLoss
+from w2s.run import NonFiniteLoss, Preempted
+from w2s.teacher import Teacher
+from w2s.training import Job
 
 LOSSES = ("classification", "bbox_regression")
+FASTER = "--detector fasterrcnn --detector-kwargs box_batch_size_per_image=16 rpn_post_nms_top_n_train=50 --epochs 1"
 WEAK = "--model-kwargs channels=(8,8,8,8) stem_width=8 --fpn-channels 8"
 TAUGHT = "--kd-weight 1 --kd-warmup 0.5 --kd-hold 0.5 --kd-decay 0.5 --kd-temperature 2 1 --kd-patience 9"
+FASTER_TAUGHT = f"{TAUGHT} --kd-warmup 0 --kd-hold 1 --kd-decay 0 --name taught --teacher"
+
+
+@contextlib.contextmanager
+def stopped_at(update: int):
+    """The run in here gets SIGTERM once so many updates are done, and ends saved."""
+    step = Job.step
+
+    def stepped(job, *losses):
+        step(job, *losses)
+        if job.update == update:
+            signal.raise_signal(signal.SIGTERM)
+
+    with mock.patch.object(Job, "step", stepped), pytest.raises(Preempted):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +152,41 @@ def test_surpass_switches_off_for_good(digits_det, teacher, tmp_path):
     assert len(looks) == int(rows[0]["update"]) + 1  # and once to count its FLOPs
 
 
-def test_faster_rcnn_both_arms(digits_det, tmp_path):
-    small = "--detector fasterrcnn --detector-kwargs box_batch_size_per_image=16 rpn_post_nms_top_n_train=50 --epochs 1"
-    common = (train_det.main, DETECT, small, "--output", tmp_path, "--data", digits_det)
+def test_a_compiled_teacher_is_gone_once_it_is_released(digits_det, teacher, tmp_path):
+    set_up, release, models, left = train_det.set_up_teacher, Teacher.release, [], []
+
+    def watched(*args):
+        models.append(weakref.ref((made := set_up(*args)).model))
+        return made
+
+    def released(self):
+        release(self)
+        left.append(models[-1]())
+
+    with mock.patch.object(train_det, "set_up_teacher", watched), mock.patch.object(Teacher, "release", released):
+        call_script(
+            *(train_det.main, DETECT, "--dry-run --kd-warmup 0 --kd-hold 0.3 --kd-decay 0 --torchcompile eager"),
+            *("--data", digits_det, "--teacher", teacher, "--output", tmp_path),
+        )
+    assert left == [None], "main's own frame holds it no longer"
+
+
+@pytest.fixture(scope="module")
+def faster(digits_det, tmp_path_factory):
+    """A folder with a Faster R-CNN `weak` and one that it `taught`."""
+    output = tmp_path_factory.mktemp("faster")
+    common = (train_det.main, DETECT, FASTER, "--output", output, "--data", digits_det)
     call_script(*common, WEAK, "--name weak")
-    call_script(*common, TAUGHT, "--kd-warmup 0 --kd-hold 1 --kd-decay 0 --name taught --teacher", tmp_path / "weak")
-    row = read_rows(tmp_path / "taught")[-1]
+    call_script(*common, FASTER_TAUGHT, output / "weak")
+    return output
+
+
+def test_faster_rcnn_both_arms(faster):
+    row = read_rows(faster / "taught")[-1]
     assert all(float(row[f"kd_{name}"]) > 0 for name in ("rpn_cls", "rpn_box", "roi_cls"))
     names = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
     assert sum(float(row[name]) for name in names) == pytest.approx(float(row["task_loss"]), rel=1e-5)
-    assert load_detector(str(tmp_path / "taught"))[0].first_label == 1
+    assert load_detector(str(faster / "taught"))[0].first_label == 1
 
 
 def test_eval_only_prints_the_twelve_numbers_of_the_run(baseline, digits_det, tmp_path, capsys):
@@ -221,6 +267,56 @@ def test_killed_within_an_epoch_it_ends_in_the_same_bits(digits_det, teacher, tr
     assert timeless(tmp_path / "run") == timeless(treated)
 
 
+def test_faster_rcnn_stopped_within_an_epoch_ends_in_the_same_bits(digits_det, faster, tmp_path):
+    parts = (train_det.main, DETECT, FASTER, FASTER_TAUGHT, faster / "weak", "--resume auto --data", digits_det)
+    with stopped_at(3):
+        call_script(*parts, "--output", tmp_path)
+    call_script(*parts, "--output", tmp_path)
+    assert "resumed from" in (tmp_path / "taught" / "log.txt").read_text()
+    assert weights_of(tmp_path / "taught") == weights_of(faster / "taught")
+    assert timeless(tmp_path / "taught") == timeless(faster / "taught")
+
+
+@pytest.mark.skipif(not COCO.is_dir(), reason="the COCO subset is not there")
+def test_photographs_are_trained_on_and_evaluated_and_a_stop_changes_no_bit(tmp_path, capsys):
+    truth = json.loads((COCO / "annotations" / "instances_train2017.json").read_text())
+    truth["images"] = [i for i in truth["images"] if any(a["image_id"] == i["id"] for a in truth["annotations"])][:4]
+    ids = {image["id"] for image in truth["images"]}
+    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in ids]
+    (tmp_path / "four.json").write_text(json.dumps(truth))
+    data = ["--fix-boxes --train-images", COCO / "train2017", "--train-json", tmp_path / "four.json"]
+    data += ["--val-images", COCO / "train2017", "--val-json", tmp_path / "four.json"]
+    parts = (train_det.main, DETECT, "--batch-size 2 --switch-split 0 --resume auto --name run", *data, "--output")
+    with stopped_at(3):
+        call_script(*parts, tmp_path / "stopped")
+    for name in ("stopped", "straight"):
+        call_script(*parts, tmp_path / name)
+    ours, theirs = (tmp_path / name / "run" for name in ("stopped", "straight"))
+    assert weights_of(ours) == weights_of(theirs) and timeless(ours) == timeless(theirs)
+    assert [row["update"] for row in read_rows(ours)] == ["2", "4"]
+    capsys.readouterr()
+    call_script(*parts, tmp_path / "straight", "--eval-only")
+    numbers, last = json.loads(capsys.readouterr().out), read_rows(theirs)[-1]
+    assert [numbers[name] for name in NUMBERS[:6]] == [pytest.approx(float(last[name])) for name in NUMBERS[:6]]
+
+
+def test_the_twelve_numbers_are_the_same_on_one_two_and_three_processes(baseline, digits_det, tmp_path):
+    """Seven images; every box counts, however unsure this small model is."""
+    model, _ = load_detector(str(baseline))
+    model.config.detector_kwargs = {"score_thresh": 0.0}
+    export(model, tmp_path / "model")
+    parts = ("--eval-only --workers 0 --check-images 0 --validation-batch-size 2 --data", digits_det)
+    parts += ("--initial-checkpoint", tmp_path, "--output", tmp_path)
+    printed, written = [], []
+    for count in (1, 2, 3):
+        started = start_script("train_det", tmp_path / f"log{count}", *parts, "--name", f"of{count}", processes=count)
+        assert started.wait() == [0] * count, started.text
+        printed += [json.loads(line) for line in started.text.splitlines() if line.startswith("{")]
+        written.append((tmp_path / f"of{count}" / "detections.json").read_bytes())
+    assert len(printed) == 3 and tuple(printed[0]) == NUMBERS and printed[0]["AP50"] > 0
+    assert printed[0] == printed[1] == printed[2] and written[0] == written[1] == written[2]
+
+
 def test_two_processes_train_as_one(digits_det, teacher, tmp_path):
     parts = (DETECT, TAUGHT, "--epochs 1 --kd-hold 0 --opt sgd --lr 1e-2 --data", digits_det, "--teacher", teacher)
     parts += ("--output", tmp_path, "--recovery-interval 1 --checkpoint-hist 99")
@@ -251,7 +347,8 @@ def test_a_non_finite_loss_ends_the_run(digits_det, tmp_path):
     ("words", "message"),
     [
         ("--data nowhere", "no such folder"),
-        ("--data {data} --model resnet51", "unknown model 'resnet51'"),
+        ("--data digits_det --model resnet51", "unknown model 'resnet51'"),
+        ("--data digits_det --detector-kwargs topk_candidates=-1", "topk_candidates is a number from 1 up, got -1"),
         ("--data {data} --strides 3", "no stride 3"),
         ("--data {data} --norm ln", "--norm ln"),
         ("--data {data} --min-size 100", "--min-size 100 is above --max-size 64"),

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from w2s.boxes import DetectionSplit, check_images, train_transform
-from w2s.digits_det import write_digits
+from w2s.digits_det import built_in_digits, check_digits
 from w2s.options import InputError
 
 TOLERANCE = 1.0  # pixels by which a box may reach outside unnoticed: rounding
@@ -118,10 +118,9 @@ def open_detection(args) -> tuple[Annotated | None, Annotated]:
     if args.data:
         folder = Path(args.data)
         if args.data == "digits_det":
-            folder = Path(args.output) / "digits_det"
             with PartialState().local_main_process_first():
-                if not folder.exists():
-                    write_digits(folder)
+                folder = built_in_digits(Path(args.output) / "digits_det", keep=not args.dry_run)
+            check_digits(folder)
         if not folder.is_dir():
             raise InputError(f"--data {folder}: no such folder; digits_det and hfds/NAME_OR_FOLDER are no folders")
         names = {part: sorted(folder.glob(f"annotations/instances_{part}*.json")) for part in wanted}

@@ -19,14 +19,15 @@ class _Part:
     names: list[str] | None  # of a ClassLabel
 
 
-def open_hf(args) -> tuple[Annotated, Annotated]:
-    """The training and the reporting split of `--data hfds/NAME_OR_FOLDER`.
+def open_hf(args) -> tuple[Annotated | None, Annotated]:
+    """The training and the reporting split of `--data hfds/NAME_OR_FOLDER`; --eval-only gets None for the former.
 
     Raises:
         InputError: one cannot be opened, columns are missing, or its annotations are refused by `annotate`.
     """
-    parts = [_open(args, split) for split in (args.train_split, args.val_split)]
+    report = _open(args, args.val_split)
     # classes without a ClassLabel are those that either split uses
+    parts = [report] if args.eval_only and report.names else [_open(args, args.train_split), report]
     used = {label for part in parts for entry in part.entries for label in entry[part.category]}
     if all(isinstance(label, str) for label in used):
         names = sorted(used)
@@ -36,7 +37,8 @@ def open_hf(args) -> tuple[Annotated, Annotated]:
         names = []
     if not names and any(part.names is None for part in parts):
         raise InputError(f"{parts[0].where}: '{parts[0].category}' has to hold strings, or numbers from 0")
-    return tuple(_annotated(part, part.names or names, args) for part in parts)
+    train = None if args.eval_only else _annotated(parts[0], parts[0].names or names, args)
+    return train, _annotated(report, report.names or names, args)
 
 
 def _open(args, split: str) -> _Part:

@@ -7,6 +7,7 @@ batch as the student resized it, its head outputs, the proposals it sampled.
 import dataclasses
 import inspect
 import json
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from w2s.options import InputError
 # strides of the backbone's levels, levels above them, anchor side over stride: as torchvision builds them
 DEFAULTS = {"retinanet": ([8, 16, 32], 2, 4.0), "fasterrcnn": ([4, 8, 16, 32], 1, 8.0)}
 OWN = ("backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "anchor_generator", "head")
+OWN += ("proposal_matcher",)
 OWN += ("rpn_anchor_generator", "rpn_head", "box_roi_pool", "box_head", "box_predictor")  # of a detector's arguments
 TERMS = {"retinanet": ("cls", "box"), "fasterrcnn": ("rpn_cls", "rpn_box", "roi_cls", "roi_box")}
 
@@ -190,6 +192,12 @@ def build_detector(config: DetectorConfig, pretrained: bool = False) -> RetinaNe
         raise InputError(f"--detector-kwargs: torchvision's {config.detector} has no '{unknown[0]}'")
     if own := [name for name in config.detector_kwargs if name in OWN]:
         raise InputError(f"--detector-kwargs: '{own[0]}' follows from the other options, as --min-size and --data")
+    for name, value in config.detector_kwargs.items():
+        if value != known[name].default:
+            _check_argument(name, value, known[name].default)
+    for low, high in ((n, n.replace("bg_", "fg_")) for n in known if n.endswith("bg_iou_thresh")):
+        if (bg := options.get(low, known[low].default)) > (fg := options.get(high, known[high].default)):
+            raise InputError(f"--detector-kwargs: {low} {bg:g} is above {high} {fg:g}")
     if config.detector == "retinanet":
         norm = group_norm if config.norm == "gn" else None
         head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], classes, norm_layer=norm)
@@ -201,6 +209,27 @@ def build_detector(config: DetectorConfig, pretrained: bool = False) -> RetinaNe
         model = kind(backbone, rpn_anchor_generator=anchors, **options)
     model.config = config
     return model
+
+
+def _check_argument(name: str, value: object, default: object) -> None:
+    """Refuse what torchvision would stumble over in the middle of the first evaluation.
+
+    Raises:
+        InputError: no count where the default is one, no share where it is one, no four weights.
+    """
+
+    def positive(number: object, kind: type) -> bool:
+        return isinstance(number, kind) and not isinstance(number, bool) and 0 < number < math.inf
+
+    if isinstance(default, int):
+        wanted, good = "a number from 1 up", positive(value, int)
+    elif isinstance(default, float):
+        wanted, good = "a number in [0, 1]", value == 0 or (positive(value, int | float) and value <= 1)
+    else:  # bbox_reg_weights
+        wanted = "four numbers above 0"
+        good = isinstance(value, list | tuple) and len(value) == 4 and all(positive(v, int | float) for v in value)
+    if not good:
+        raise InputError(f"--detector-kwargs: {name} is {wanted}, got {value!r}")
 
 
 def _float32(output):
@@ -224,7 +253,10 @@ def read_config(folder: Path) -> DetectorConfig:
         InputError: it is no detector's.
     """
     try:
-        return DetectorConfig(**json.loads((folder / "config.json").read_text()))
+        options = json.loads((folder / "config.json").read_text())
+        if "detector" not in options:
+            raise InputError(f"{folder} is no detector: it holds no exported detector, but another kind of model")
+        return DetectorConfig(**options)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} holds no exported detector: {' '.join(str(error).split())[:200]}") from None
 

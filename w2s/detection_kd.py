@@ -5,15 +5,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from w2s.detection import DetectorConfig, FasterRCNN, RetinaNet, Seen, build_detector, load_detector
 from w2s.losses import kl_sigmoid, kl_softmax
-from w2s.models import WEIGHT_FILES, load_weights
+from w2s.models import WEIGHT_FILES, load_weights, read_weights
 from w2s.options import InputError
 from w2s.teacher import Teacher
 
+# how raw outputs become detections: attributes of RetinaNet, or of Faster R-CNN's RPN and RoI head
+POST_PROCESSING = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+POST_PROCESSING += ("_pre_nms_top_n", "_post_nms_top_n")
 BETA = 1 / 9  # of smooth L1 on box deltas, as in torchvision
 
 
@@ -80,8 +83,13 @@ class DetectorTeacher(Teacher):
     ) -> None:
         check_lined_up(student.config, model.config, source)
         super().__init__(model, f"{model.config.detector}_{model.config.backbone}", source, accelerator, channels_last)
-        # it is scored as the student is, on images of the student's size, as it sees them in training
+        # it is scored as the student is: on images of the student's size, as it sees them in training, and with its
+        # thresholds
         model.transform.min_size, model.transform.max_size = student.transform.min_size, student.transform.max_size
+        for own, other in zip(_detecting(model), _detecting(student), strict=True):
+            for name in POST_PROCESSING:
+                if hasattr(other, name):
+                    setattr(own, name, getattr(other, name))
         # one affine map from the student's normalisation to the teacher's
         mean, std, own_mean, own_std = (
             torch.tensor(values, device=accelerator.device).view(-1, 1, 1)
@@ -104,6 +112,11 @@ class DetectorTeacher(Teacher):
         return ImageList(tensors, images.image_sizes)
 
 
+def _detecting(model: RetinaNet | FasterRCNN) -> list[nn.Module]:
+    """The parts that have POST_PROCESSING."""
+    return [model] if isinstance(model, RetinaNet) else [model.rpn, model.roi_heads]
+
+
 def load_detector_teacher(
     spec: str, backbone: str | None, model_kwargs: dict, student: DetectorConfig
 ) -> tuple[RetinaNet | FasterRCNN, str]:
@@ -121,7 +134,7 @@ def load_detector_teacher(
             raise InputError(f"--teacher {spec} is a weights file: name its timm backbone with --teacher-model")
         # the stages to train are the student's, of its backbone
         config = replace(student, backbone=backbone, model_kwargs=model_kwargs, trainable_layers=None)
-        model = build_detector(config)
+        model = build_detector(replace(config, **_pyramid(read_weights(path))))
         load_weights(model, path)
         return model, spec
     if backbone or model_kwargs:
@@ -130,6 +143,16 @@ def load_detector_teacher(
         raise InputError(f"--teacher {spec}: no such run folder or file")
     model, folder = load_detector(spec)
     return model, str(folder)
+
+
+def _pyramid(weights: dict[str, Tensor]) -> dict:
+    """Width and norm of a detector's weights, as DetectorConfig names them; nothing where they are no detector's."""
+    first = weights.get("backbone.fpn.inner_blocks.0.0.weight")
+    if first is None:
+        return {}
+    counted = any(name.endswith("num_batches_tracked") for name in weights)  # which a frozen BatchNorm does not
+    norm = "gn" if "backbone.fpn.inner_blocks.0.1.weight" in weights else "bn" if counted else "frozen_bn"
+    return {"fpn_channels": len(first), "norm": norm}
 
 
 def check_lined_up(student: DetectorConfig, teacher: DetectorConfig, source: str) -> None:

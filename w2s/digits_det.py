@@ -6,8 +6,10 @@ Every image is a function of (seed, split, number). The digits of val are those 
 """
 
 import argparse
+import atexit
 import contextlib
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -15,10 +17,36 @@ import numpy as np
 from PIL import Image
 
 from w2s.data import Digits
+from w2s.options import InputError
 from w2s.order import mix_seed
 
+PARAMETERS = {"train": 600, "val": 100, "size": 96, "digits": 6, "seed": 0}  # of --data digits_det
 SIDES = (0.12, 0.36)  # of a digit, as shares of the canvas
 TRIES = 20  # to find a free place
+
+
+def built_in_digits(folder: Path, keep: bool) -> Path:
+    """Where the built-in set is: `folder`, or a temporary one of this process if it is not there and not to `keep`."""
+    if not keep and not folder.exists():
+        scratch = tempfile.mkdtemp(prefix=f"{folder.name}.")
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        folder = Path(scratch) / folder.name
+    if not folder.exists():
+        write_digits(folder, **PARAMETERS)
+    return folder
+
+
+def check_digits(folder: Path) -> None:
+    """Refuse a folder that other parameters, or something else, made.
+
+    Raises:
+        InputError: it is not the built-in set.
+    """
+    for file in folder.glob("annotations/*.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads(file.read_text()).get("info") == PARAMETERS:
+                return
+    raise InputError(f"{folder} is not the built-in set as it is written today: remove or rename it")
 
 
 def write_digits(folder: Path, train: int = 600, val: int = 100, size: int = 96, digits: int = 6, seed: int = 0):
@@ -37,6 +65,7 @@ def write_digits(folder: Path, train: int = 600, val: int = 100, size: int = 96,
         (beside / "annotations").mkdir(parents=True)
         for number, (split, count) in enumerate((("train", train), ("val", val))):
             truth = _write_split(beside / f"{split}2017", (seed, number), count, size, digits)
+            truth["info"] = {"train": train, "val": val, "size": size, "digits": digits, "seed": seed}
             (beside / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(truth))
         with contextlib.suppress(OSError):  # not empty: it is there already
             beside.rename(folder)
@@ -98,7 +127,7 @@ def _texture(generator: np.random.Generator, size: int) -> np.ndarray:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    for name, default in (("train", 600), ("val", 100), ("size", 96), ("digits", 6), ("seed", 0)):
+    for name, default in PARAMETERS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     options = vars(parser.parse_args(argv))
     write_digits(options.pop("folder"), **options)

@@ -101,18 +101,27 @@ def small_stem(pretrained: bool = False, base: str = "resnet18", **kwargs) -> nn
     return model
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a weights file into a model, whole and exact; EMA weights first where a timm checkpoint holds both.
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file by name; EMA weights first where a timm checkpoint holds both.
 
     Raises:
-        InputError: missing, truncated or unsafe file, or weights of another architecture.
+        InputError: missing, truncated or unsafe file.
     """
     if not path.is_file():
         raise InputError(f"no weights file {path}")
     try:
-        state = load_state_dict(str(path), weights_only=True)
+        return load_state_dict(str(path), weights_only=True)
     except Exception as error:  # truncated zip, bad header, pickled code: torch and safetensors raise many kinds
         raise InputError(f"cannot read weights {path}: {type(error).__name__}: {_one_line(error)}") from None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a weights file into a model, whole and exact.
+
+    Raises:
+        InputError: see `read_weights`; weights of another architecture.
+    """
+    state = read_weights(path)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (RuntimeError, AttributeError) as error:

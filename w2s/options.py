@@ -231,7 +231,7 @@ def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight-decay", type=float, default=2e-5)
     group.add_argument("--layer-decay", type=float)
-    group.add_argument("--clip-grad", type=float, metavar="X", help="gradient clipping (default: none)")
+    group.add_argument("--clip-grad", type=positive, metavar="X", help="gradient clipping (default: none)")
     group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm")
     group.add_argument("--lr", type=float, help="overrides --lr-base")
     group.add_argument("--lr-base", type=float, default=0.1, help="lr = lr-base * global batch / lr-base-size")
@@ -327,6 +327,14 @@ def not_negative(text: str) -> float:
     value = float(text)
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value
 
 

@@ -30,7 +30,7 @@ data+=(--val-images "$folder/train2017" --val-json "$output/coco_overfit.json" -
 python train_det.py "${data[@]}" --output "$output" --name coco_overfit --resume auto --target 50 90 \
     --detector retinanet --model resnet18 --norm gn --fpn-channels 64 --strides 8 16 32 --anchor-scale 3 \
     --extra-levels 1 --min-size 256 --max-size 320 --switch-split 0 --hflip 0 \
-    --opt adamw --lr 5e-4 --sched cosine --warmup-epochs 8 --batch-size 4 --epochs 60
+    --opt adamw --lr 5e-4 --sched cosine --warmup-epochs 4 --batch-size 4 --epochs 40
 python train_det.py "${data[@]}" --output "$output" --name coco_overfit --eval-only |
     tee "$output/coco_overfit/numbers.json"
 python - "$output/coco_overfit/numbers.json" << 'PYTHON'

@@ -300,7 +300,7 @@ def test_photographs_are_trained_on_and_evaluated_and_a_stop_changes_no_bit(tmp_
     assert [numbers[name] for name in NUMBERS[:6]] == [pytest.approx(float(last[name])) for name in NUMBERS[:6]]
 
 
-def test_the_twelve_numbers_are_the_same_on_one_two_and_three_processes(baseline, digits_det, tmp_path):
+def test_the_twelve_numbers_are_the_same_on_one_process_and_on_three(baseline, digits_det, tmp_path):
     """Seven images; every box counts, however unsure this small model is."""
     model, _ = load_detector(str(baseline))
     model.config.detector_kwargs = {"score_thresh": 0.0}
@@ -308,13 +308,13 @@ def test_the_twelve_numbers_are_the_same_on_one_two_and_three_processes(baseline
     parts = ("--eval-only --workers 0 --check-images 0 --validation-batch-size 2 --data", digits_det)
     parts += ("--initial-checkpoint", tmp_path, "--output", tmp_path)
     printed, written = [], []
-    for count in (1, 2, 3):
+    for count in (1, 3):
         started = start_script("train_det", tmp_path / f"log{count}", *parts, "--name", f"of{count}", processes=count)
         assert started.wait() == [0] * count, started.text
         printed += [json.loads(line) for line in started.text.splitlines() if line.startswith("{")]
         written.append((tmp_path / f"of{count}" / "detections.json").read_bytes())
-    assert len(printed) == 3 and tuple(printed[0]) == NUMBERS and printed[0]["AP50"] > 0
-    assert printed[0] == printed[1] == printed[2] and written[0] == written[1] == written[2]
+    assert len(printed) == 2 and tuple(printed[0]) == NUMBERS and printed[0]["AP50"] > 0
+    assert printed[0] == printed[1] and written[0] == written[1]
 
 
 def test_two_processes_train_as_one(digits_det, teacher, tmp_path):

@@ -39,6 +39,23 @@ class Reference:
         return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
+class Unlabelled(Dataset):
+    """The images of a dataset, all of one class: whatever stands in its labels is not looked at."""
+
+    def __init__(self, source: Dataset) -> None:
+        self.images, self.reader = getattr(source, "reader", source), self
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        return self.images[index][0], 0
+
+    def filename(self, index: int) -> str:
+        """Of an image, as timm's readers have it."""
+        return self.images.filename(index)
+
+
 @dataclass
 class PixelData:
     """What a run trains on, and what its samples are compared with: for the report, and for the switch-off."""
@@ -56,7 +73,7 @@ def load_pixels(args, accelerator) -> PixelData:
 
     The shorter side is resized to --img-size and the centre cut out. The switch-off compares with the slice that
     --switch-split holds out of training, or with the training images where that is 0. Without --class-cond no labels
-    are needed; where there are some, subsets are balanced by them.
+    are needed; where there are some that subsets can be balanced by, they are.
 
     Raises:
         InputError: see the functions this one calls.
@@ -67,17 +84,27 @@ def load_pixels(args, accelerator) -> PixelData:
     half = (0.5,) * args.in_chans
     config = {"input_size": (args.in_chans, args.img_size, args.img_size), "mean": half, "std": half}
     config |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
-    source = open_dataset(args, args.train_split, labelled=args.class_cond)
-    names = class_names(source)
-    targets = targets_of(source, args.train_split, len(names) or None)
-    num_classes = len(names) or int(targets.max()) + 1
-    if args.class_cond and num_classes == 1:
-        raise InputError(f"--class-cond: the images of split '{args.train_split}' have no labels, or one class")
+    source = open_dataset(args, args.train_split, labelled=args.class_cond or args.target_key is not None)
     try:
         fraction = float(args.switch_split)
     except ValueError:
         raise InputError(f"--switch-split {args.switch_split}: a share of the training data, as 0.02") from None
-    rows, held = split_training(targets, num_classes, fraction, args.train_samples, args.switch_seed)
+
+    def cut(targets: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+        return split_training(targets, num_classes, fraction, args.train_samples, args.switch_seed)
+
+    try:
+        names = class_names(source)
+        targets = targets_of(source, args.train_split, len(names) or None)
+        num_classes = len(names) or int(targets.max()) + 1
+        if args.class_cond and num_classes == 1:
+            raise InputError(f"--class-cond: the images of split '{args.train_split}' have no labels, or one class")
+        rows, held = cut(targets, num_classes)
+    except InputError:
+        if args.class_cond:
+            raise
+        source, num_classes = Unlabelled(source), 1
+        rows, held = cut(np.zeros(len(source), np.int64), num_classes)
     plainly = argparse.Namespace(**vars(args), no_aug=True, pad_crop=None)  # what the cache is asked to do
     args.cache = resolve_cache(plainly, len(rows), config, accelerator)
     device = accelerator.device if args.cache == "device" else torch.device("cpu")
@@ -105,7 +132,7 @@ def load_pixels(args, accelerator) -> PixelData:
     other = args.fd_split not in (None, args.train_split)
     report = trained
     if other:
-        against = open_dataset(args, args.fd_split, labelled=False)
+        against = Unlabelled(open_dataset(args, args.fd_split, labelled=False))
         report = reference(against, args.fd_split, np.arange(len(against)))
     switch = reference(source, args.train_split, held) if len(held) else trained
     facts = {"train": len(rows), "switch": len(held), "report": len(report)}

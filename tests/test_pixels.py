@@ -64,6 +64,13 @@ def test_another_split_size_and_flips():
     assert 10 < flipped < 40
 
 
+def test_every_image_may_be_flipped():
+    data, _ = load("--dataset digits --train-samples 20 --hflip 1")
+    images = next(data.train.train_batches(20, 1, 0, 0))[0]
+    originals = data.switch(range(20))[epoch_order(20, 0, 0)].float() / 127.5 - 1
+    assert_close(images, originals.flip(-1), atol=1e-6, rtol=0)
+
+
 def test_keys_tell_references_apart():
     keys = [
         load("--dataset digits", extra)[0].report.key

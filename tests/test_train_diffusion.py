@@ -400,6 +400,8 @@ def test_only_what_is_compared_with_is_measured(tiny_teacher, tmp_path):
         ("--fid-weights x.pth", "give one"),
         ("--fd-samples 1", r"--fd-samples 1: .* two images"),
         ("--target 0", "lies above 0"),
+        ("--teacher-score -5", f"--teacher-score -5.0: {LABEL} lies above 0"),
+        ("--hflip 1.5", r"--hflip: must lie in \[0, 1\], got 1.5"),
         ("--target fid10k=5", LABEL),
         ("--batch-size 100", "fewer than one update"),
         ("--warmup-updates 9", "--warmup-updates 9 is longer"),
@@ -435,6 +437,13 @@ def test_teacher_that_does_not_fit_is_refused(options, message, run, teacher, un
     with forwards() as seen, unmeasured, pytest.raises(InputError, match=message):
         run(tmp_path, "run", options, "--teacher", teacher)
     assert not seen and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--teacher", "--initial-checkpoint"])
+def test_classifier_is_no_denoiser(option, run, tiny_teacher, unmeasured, tmp_path):
+    with unmeasured, pytest.raises(InputError, match=f"{tiny_teacher} holds no denoiser"):
+        run(tmp_path, "run", option, tiny_teacher)
+    assert not (tmp_path / "run").exists()
 
 
 def test_distance_without_any_inception_weights_says_what_to_do(tmp_path):

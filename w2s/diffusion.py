@@ -68,7 +68,7 @@ def unet(
         head_dim: channels of an attention head (64: 4 heads at 256 channels), of the whole width where that is less.
 
     Raises:
-        InputError: no such name, or a size that the levels cannot halve.
+        InputError: no such name, no such levels, or a size that they cannot halve.
     """
     match = re.fullmatch(r"nc([1-9]\d*)-rb([1-9]\d*)", name)
     if not match:
@@ -78,8 +78,10 @@ def unet(
         raise InputError(f"U-Net '{name}': the base channels must be a multiple of 4")
     if channel_mult is None:
         channel_mult = (1, 2, 2, 2)[: max(int(math.log2(max(image_size, 1))) - 1, 1)]
+    if not channel_mult or not all(isinstance(factor, int) and factor >= 1 for factor in channel_mult):
+        raise InputError(f"U-Net '{name}': channel_mult={channel_mult} must be integers from 1 up, one a level")
     halvings = 2 ** (len(channel_mult) - 1)
-    if not channel_mult or image_size % halvings:
+    if image_size % halvings:
         raise InputError(f"U-Net '{name}': {len(channel_mult)} levels need an image size divisible by {halvings}")
     attended = [image_size >> level in attention for level in range(len(channel_mult))]
     widths = tuple(base * factor for factor in channel_mult)

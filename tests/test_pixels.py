@@ -95,6 +95,18 @@ def test_bad_data_is_named(options, message):
         load(options)
 
 
+def test_keys_tell_folders_of_one_name_apart(tmp_path, monkeypatch):
+    options = "--dataset hfds/set/train --img-size 8 --in-chans 1 --data-dir"
+    keys = []
+    for place in ("one", "other", "one"):
+        if not (tmp_path / place).exists():
+            unlabelled(tmp_path / place / "set", "no column")
+        monkeypatch.chdir(tmp_path / place)
+        keys.append(load(options, tmp_path / "cache")[0].report.key)
+    assert keys[0] == keys[2] != keys[1]
+    assert len({key["dataset"][1] for key in keys}) == len({key["dataset"][2] for key in keys}) == 2
+
+
 LABELS = {  # what may stand in the column, and what --class-cond says of it
     "nothing": ([None] * 12, datasets.Value("int64"), "has nothing in column 'label'; see --target-key"),
     "strings": (["cat", "dog"] * 6, datasets.Value("string"), "are no integers.*see --target-key"),

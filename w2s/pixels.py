@@ -44,6 +44,7 @@ class Unlabelled(Dataset):
 
     def __init__(self, source: Dataset) -> None:
         self.images, self.reader = getattr(source, "reader", source), self
+        self.dataset = getattr(self.images, "dataset", None)  # of hfds readers
 
     def __len__(self) -> int:
         return len(self.images)
@@ -123,7 +124,8 @@ def load_pixels(args, accelerator) -> PixelData:
         indices = indices[: 4 * args.batch_size] if args.dry_run else indices
         digest = hashlib.sha256(np.ascontiguousarray(indices, np.int64).tobytes()).hexdigest()
         place = str(Path(args.data_dir).resolve()) if args.data_dir else None
-        key = {"dataset": args.dataset, "folder": place, "column": args.input_key, "split": name, "rows": digest}
+        key = {"dataset": identity(args.dataset, part), "folder": place, "column": args.input_key}
+        key |= {"split": name, "rows": digest}
         key |= {"n": len(indices), "size": args.img_size, "channels": args.in_chans}
         return Reference(cached if cached is not None and not args.dry_run else split(part, indices), key)
 
@@ -137,6 +139,15 @@ def load_pixels(args, accelerator) -> PixelData:
     switch = reference(source, args.train_split, held) if len(held) else trained
     facts = {"train": len(rows), "switch": len(held), "report": len(report)}
     return PixelData(train, report, switch, num_classes, len(rows), facts)
+
+
+def identity(dataset: str, part: Dataset) -> list:
+    """What tells `--dataset` from another of its name: hfds's may be a relative folder, or have come to new files."""
+    kind, _, name = dataset.partition("/")
+    if kind != "hfds":
+        return [dataset]
+    fingerprint = getattr(part.reader.dataset, "_fingerprint", None)  # of the files, made by the datasets library
+    return [kind, str(Path(name).resolve()) if Path(name).exists() else name, fingerprint]
 
 
 def save_grid(images: Tensor, path: Path, count: int = 64) -> None:

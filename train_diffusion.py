@@ -55,6 +55,7 @@ from w2s.options import (
     not_negative,
     parse_targets,
     positive_int,
+    probability,
     share,
 )
 from w2s.order import mix_seed
@@ -85,7 +86,7 @@ def build_parser() -> Parser:
     group = add_data_options(parser, "digits, hfds/NAME_OR_FOLDER, torch/...", "image folder with train/")
     group.add_argument("--img-size", type=positive_int, metavar="N", help="default: 32; 8 for digits")
     group.add_argument("--in-chans", type=positive_int, metavar="N", help="default: 3; 1 for digits")
-    group.add_argument("--hflip", type=share, metavar="P", help="default: 0.5; 0 for digits")
+    group.add_argument("--hflip", type=probability, metavar="P", help="default: 0.5; 0 for digits")
 
     group = parser.add_argument_group("denoiser and process")
     group.add_argument("--model", default="nc128-rb3", metavar="NAME", help="ncN-rbM, or a timm VisionTransformer")
@@ -331,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
     judge = Judge(args, run, data, process)
     metric = judge.labels[0]
     targets = parse_targets(args.target, metric, 0.0, math.inf)
+    if args.teacher_score is not None:
+        parse_targets([str(args.teacher_score)], metric, 0.0, math.inf, option="--teacher-score")
     if args.eval_only:
         if not args.initial_checkpoint:
             model, others, folder = load_denoiser(str(run.folder))

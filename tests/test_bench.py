@@ -61,6 +61,8 @@ def test_nothing_is_kept(figures):
 def test_a_benchmark_without_a_teacher_is_refused():
     with pytest.raises(InputError, match="--teacher"):
         call_script(bench.main, DIGITS, RESNET)
+    with pytest.raises(InputError, match="--kd-control: a benchmark"):
+        call_script(bench.main, DIGITS, RESNET, "--teacher nowhere --kd-control random")
 
 
 # ---- the other scripts, and the libraries' own loops beside them ----
@@ -78,12 +80,29 @@ def denoiser(tmp_path) -> list:
     return words("--dataset digits --train-samples 64 -b 8 --workers 0", model, "--teacher", tmp_path / "weak")
 
 
-def test_detection_beside_torchvisions_loop(digits_det, tmp_path, monkeypatch):
+@pytest.fixture
+def detector(digits_det, tmp_path) -> list:
+    """The same for detection."""
     weak = DetectorConfig("retinanet", "resnet10t", list("0123456789"), "gn", [8, 16], 0, 2.0, 8, 64, 64)
     weak.model_kwargs = {"channels": (8, 8, 8, 8), "stem_width": 8}
     export(build_detector(weak), tmp_path / "weak" / "model")
+    return words(DETECT, "--data", digits_det, "--teacher", tmp_path / "weak")
+
+
+@pytest.mark.parametrize("task", ["detector", "denoiser"])
+def test_all_is_measured_for_the_other_scripts_too(task, tmp_path, monkeypatch, request):
     monkeypatch.setattr(bench, "WARMUP", 1)
-    command = words("det", DETECT, "--data", digits_det, "--teacher", tmp_path / "weak", ONCE, tmp_path, "--json")
+    call_script(bench.main, request.getfixturevalue(task), ONCE, tmp_path, "--json", tmp_path / "b.json")
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert all(figures[name] > 0 for name in ("teacher_ratio", "after_ratio", "loader_images_per_second"))
+    assert set(figures["images_per_second"]) == {"plain", "teacher", "after"}
+    flops = figures["flops_per_update"]
+    assert 0 < flops["plain"] == flops["after"] < flops["teacher"]
+
+
+def test_detection_beside_torchvisions_loop(detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "WARMUP", 1)
+    command = words("det", detector, ONCE, tmp_path, "--json")
     losses = []
     monkeypatch.setattr(beside.Meters, "update", lambda self, **values: losses.append(values))
     call_script(beside.main, command, tmp_path / "b.json")

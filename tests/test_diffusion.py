@@ -8,6 +8,8 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from w2s.diffusion import UNet, ViT, build_denoiser, check_same, export, load_denoiser, unet
+from w2s.models import create_model
+from w2s.models import export as export_classifier
 from w2s.options import InputError
 from w2s.sampling import noise_schedule
 
@@ -104,6 +106,9 @@ def test_vit_is_a_timm_backbone_with_its_own_options():
         ("nc10-rb1", 32, {}, "multiple of 4"),
         ("nc16-rb1", 30, {}, "divisible by 4"),
         ("nc16-rb1", 8, {"channels": 3}, "channels"),
+        ("nc16-rb1", 8, {"channel_mult": (0, 1)}, r"channel_mult=\(0, 1\) must be integers from 1 up"),
+        ("nc16-rb1", 8, {"channel_mult": (1, 1.5)}, "must be integers from 1 up"),
+        ("nc16-rb1", 8, {"channel_mult": ()}, r"channel_mult=\(\) must be integers from 1 up"),
         ("resnet18", 32, {}, "no timm VisionTransformer"),
         ("vit_tiny_patch16", 32, {}, "unknown model"),
         ("vit_tiny_patch16_224", 8, {"patch_size": 3}, "do not cover"),
@@ -161,10 +166,16 @@ def test_sizes_and_channels_of_other_pipelines(tmp_path):
         load_denoiser(str(tmp_path / "variance"))
 
 
-def test_pipeline_of_diffusers_own_is_read(tmp_path):
+@pytest.mark.parametrize("flat", [False, True])
+def test_pipeline_of_diffusers_own_is_read(flat, tmp_path):
     plain = UNet2DModel(8, 1, 1, block_out_channels=(16, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
                         up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8).eval()  # fmt: skip
     DDPMPipeline(plain, DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path)
+    if flat:  # as google/ddpm-cifar10-32 lies on the hub
+        for name in ("unet", "scheduler"):
+            for file in (tmp_path / name).iterdir():
+                file.rename(tmp_path / file.name)
+            (tmp_path / name).rmdir()
     model, _, folder = load_denoiser(str(tmp_path))
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 70])
     assert torch.equal(model(x, t), plain(x, t).sample) and folder == tmp_path
@@ -183,6 +194,10 @@ def test_vit_reads_back(tmp_path):
 def test_broken_folders_are_named(tmp_path):
     with pytest.raises(InputError, match="holds no denoiser"):
         load_denoiser(str(tmp_path))
+    classifier = create_model("resnet10t", 10, 1, model_kwargs={"channels": (8, 8, 8, 8), "stem_width": 8})
+    export_classifier(classifier, tmp_path / "classifier" / "model")
+    with pytest.raises(InputError, match="classifier holds no denoiser"):
+        load_denoiser(str(tmp_path / "classifier"))
     model = unet("nc16-rb1", 8, 1)
     export(model, noise_schedule(), tmp_path / "model")
     config = tmp_path / "model" / "unet" / "config.json"

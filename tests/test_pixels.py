@@ -64,6 +64,13 @@ def test_another_split_size_and_flips():
     assert 10 < flipped < 40
 
 
+def test_every_image_may_be_flipped():
+    data, _ = load("--dataset digits --train-samples 20 --hflip 1")
+    images = next(data.train.train_batches(20, 1, 0, 0))[0]
+    originals = data.switch(range(20))[epoch_order(20, 0, 0)].float() / 127.5 - 1
+    assert_close(images, originals.flip(-1), atol=1e-6, rtol=0)
+
+
 def test_keys_tell_references_apart():
     keys = [
         load("--dataset digits", extra)[0].report.key
@@ -88,8 +95,29 @@ def test_bad_data_is_named(options, message):
         load(options)
 
 
+def test_keys_tell_folders_of_one_name_apart(tmp_path, monkeypatch):
+    options = "--dataset hfds/set/train --img-size 8 --in-chans 1 --data-dir"
+    keys = []
+    for place in ("one", "other", "one"):
+        if not (tmp_path / place).exists():
+            unlabelled(tmp_path / place / "set", "no column")
+        monkeypatch.chdir(tmp_path / place)
+        keys.append(load(options, tmp_path / "cache")[0].report.key)
+    assert keys[0] == keys[2] != keys[1]
+    assert len({key["dataset"][1] for key in keys}) == len({key["dataset"][2] for key in keys}) == 2
+
+
+LABELS = {  # what may stand in the column, and what --class-cond says of it
+    "nothing": ([None] * 12, datasets.Value("int64"), "has nothing in column 'label'; see --target-key"),
+    "strings": (["cat", "dog"] * 6, datasets.Value("string"), "are no integers.*see --target-key"),
+    "minus one": ([-1] * 12, datasets.Value("int64"), "label -1 of row 0 in split 'train' is out of range"),
+    "an empty class": ([0, 2] * 6, datasets.ClassLabel(names=["a", "b", "c"]), "class 1 has no image"),
+    "lists": ([[0, 1]] * 12, datasets.Sequence(datasets.Value("int64")), "have 2 labels each, not one"),
+}
+
+
 def unlabelled(root: Path, kind: str) -> str:
-    """Twelve grey images without labels, a folder of PNGs or a set of parquet files; the options that name them."""
+    """Twelve grey images without usable labels, a folder of PNGs or a set of parquet files; the options for them."""
     pictures = [Image.fromarray(np.full((8, 8), 20 * k, np.uint8)) for k in range(12)]
     (root / "train").mkdir(parents=True)
     if kind == "folder":
@@ -97,14 +125,14 @@ def unlabelled(root: Path, kind: str) -> str:
             picture.save(root / "train" / f"{k:02}.png")
         return f"--data-dir {root}"
     columns, features = {"image": pictures}, {"image": datasets.Image()}
-    if kind == "nothing in the column":
-        columns["label"], features["label"] = [None] * 12, datasets.Value("int64")
+    if kind in LABELS:
+        columns["label"], features["label"], _ = LABELS[kind]
     table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     table.to_parquet(str(root / "train" / "train.parquet"))
     return f"--dataset hfds/{root / 'train'} --data-dir {root / 'cache'}"
 
 
-@pytest.mark.parametrize("kind", ["folder", "no column", "nothing in the column"])
+@pytest.mark.parametrize("kind", ["folder", "no column", *LABELS])
 def test_images_without_labels_train_without_classes_only(kind, tmp_path):
     from w2s.loading import train_batches
 
@@ -115,11 +143,22 @@ def test_images_without_labels_train_without_classes_only(kind, tmp_path):
         seen = next(train_batches(data.train, args, ALONE, 0, 1))[0]
         values = {round((float(image.mean()) + 1) * 127.5) for image in seen}
         assert len(values) == 8 and values < set(range(0, 240, 20))
-    with pytest.raises(
-        InputError, match=r"'label'; see --target-key|--class-cond: .* have no labels, or one class"
-    ) as error:
+    missing = r"'label'; see --target-key|--class-cond: .* have no labels, or one class"
+    with pytest.raises(InputError, match=LABELS[kind][2] if kind in LABELS else missing) as error:
         load(options, "--class-cond")
     assert "\n" not in str(error.value)
+
+
+def test_labels_that_are_asked_for_must_be_there(tmp_path):
+    options = unlabelled(tmp_path / "set", "no column") + " --img-size 8 --in-chans 1"
+    with pytest.raises(InputError, match="has nothing in column 'kind'; see --target-key"):
+        load(options, "--target-key kind")
+
+
+def test_a_subset_smaller_than_the_classes_needs_none_of_them():
+    assert load("--dataset digits --train-samples 5")[0].facts["train"] == 5
+    with pytest.raises(InputError, match="between 10 and 1200"):
+        load("--dataset digits --train-samples 5 --class-cond")
 
 
 def test_grid(tmp_path):

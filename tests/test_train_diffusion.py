@@ -254,6 +254,33 @@ def test_resumed_within_an_epoch_it_ends_in_the_same_bits(run, tmp_path):
         assert weights(folder, part) == weights(whole, part)
 
 
+LONG = (
+    f"{PHASE} --kd-hold 24 --kd-control shuffled --updates 30 --eval-interval 15 --recovery-interval 5 "
+    "--resume auto --teacher"
+)
+
+
+@pytest.fixture(scope="module")
+def long(run, teacher, tmp_path_factory) -> Path:
+    """Long enough to be hit by a signal from outside."""
+    return run(tmp_path_factory.mktemp("long"), "run", LONG, teacher)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+def test_killed_it_ends_in_the_same_bits(number, code, run, long, teacher, tiny_teacher, tmp_path):
+    parts = (SMALL, UNET, LONG, teacher, "--fd-features", tiny_teacher, "--output", tmp_path, "--name run")
+    started = start_script("train_diffusion", tmp_path / "log", *parts)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert started.wait_for(lambda: any(checkpoints.glob("update-*/state.json"))), started.text
+    started.kill(number)
+    assert started.wait() == [code], started.text
+    if code == 75:
+        assert read_summary(tmp_path / "run")["status"] == "preempted"
+    folder = run(tmp_path, "run", LONG, teacher)
+    assert "resumed from" in (folder / "log.txt").read_text()
+    assert weights(folder) == weights(long) and timeless(folder) == timeless(long)
+
+
 def test_two_processes_train_as_one(run, treated, teacher, tiny_teacher, tmp_path):
     """Data, noise and time steps are the same; gradients are summed in another order, so bits differ: 1e-6 of a loss
     here. Samples of nearly the same weights round to nearly the same uint8 pixels, whence 1 % of a distance."""
@@ -400,6 +427,8 @@ def test_only_what_is_compared_with_is_measured(tiny_teacher, tmp_path):
         ("--fid-weights x.pth", "give one"),
         ("--fd-samples 1", r"--fd-samples 1: .* two images"),
         ("--target 0", "lies above 0"),
+        ("--teacher-score -5", f"--teacher-score -5.0: {LABEL} lies above 0"),
+        ("--hflip 1.5", r"--hflip: must lie in \[0, 1\], got 1.5"),
         ("--target fid10k=5", LABEL),
         ("--batch-size 100", "fewer than one update"),
         ("--warmup-updates 9", "--warmup-updates 9 is longer"),
@@ -435,6 +464,13 @@ def test_teacher_that_does_not_fit_is_refused(options, message, run, teacher, un
     with forwards() as seen, unmeasured, pytest.raises(InputError, match=message):
         run(tmp_path, "run", options, "--teacher", teacher)
     assert not seen and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--teacher", "--initial-checkpoint"])
+def test_classifier_is_no_denoiser(option, run, tiny_teacher, unmeasured, tmp_path):
+    with unmeasured, pytest.raises(InputError, match=f"{tiny_teacher} holds no denoiser"):
+        run(tmp_path, "run", option, tiny_teacher)
+    assert not (tmp_path / "run").exists()
 
 
 def test_distance_without_any_inception_weights_says_what_to_do(tmp_path):

@@ -49,7 +49,7 @@ class Bench:
         run.seed()
         student = task.student().to(run.device)
         teacher = task.teacher(run, student) if taught else None
-        if taught:
+        if taught and not self.flops:
             self.flops = task.flops(student, teacher, self.images)
         if args.channels_last:
             student = task.channels_last(student)
@@ -223,7 +223,7 @@ def set_up(argv: list[str], kind: type[Task], description: str) -> tuple[argpars
     """The options and the benchmark of a command line.
 
     Raises:
-        InputError: as the script does; no teacher, or nowhere to write --json.
+        InputError: as the script does; no teacher or a control in its place, or nowhere to write --json.
     """
     parser = kind.script.build_parser()
     parser.description = description
@@ -234,6 +234,8 @@ def set_up(argv: list[str], kind: type[Task], description: str) -> tuple[argpars
     args = parser.parse_recipe(argv)
     if not args.teacher:
         raise InputError("a benchmark of distillation needs a --teacher")
+    if args.kd_control:
+        raise InputError("--kd-control: a benchmark times the teacher itself; leave it out")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise InputError(f"--json {args.json}: no such folder")
     args.log_interval, args.log_with = 10**9, None

@@ -147,7 +147,7 @@ def targets_of(dataset: Dataset, split: str, num_classes: int | None) -> np.ndar
     """All labels of a dataset, checked.
 
     Raises:
-        InputError: labels that are no integers, or out of range.
+        InputError: labels that are no integers, or several an image, or out of range.
     """
     reader = getattr(dataset, "reader", None)
     try:
@@ -162,11 +162,13 @@ def targets_of(dataset: Dataset, split: str, num_classes: int | None) -> np.ndar
         targets = targets.astype(np.int64, casting="same_kind")
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"the labels of split '{split}' are no integers: {error}; see --target-key") from None
+    if targets.ndim != 1:
+        raise InputError(f"images of split '{split}' have {targets.shape[1]} labels each, not one; see --target-key")
     top = num_classes if num_classes is not None else targets.max() + 1
     wrong = np.flatnonzero((targets < 0) | (targets >= top))
     if len(wrong):
         raise InputError(
-            f"label {targets[wrong[0]]} of row {wrong[0]} in split '{split}' is out of range 0..{top - 1}; "
+            f"label {targets[wrong[0]]} of row {wrong[0]} in split '{split}' is out of range 0..{max(top, 1) - 1}; "
             "see --num-classes and --target-key"
         )
     return targets

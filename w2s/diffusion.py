@@ -68,7 +68,7 @@ def unet(
         head_dim: channels of an attention head (64: 4 heads at 256 channels), of the whole width where that is less.
 
     Raises:
-        InputError: no such name, or a size that the levels cannot halve.
+        InputError: no such name, no such levels, or a size that they cannot halve.
     """
     match = re.fullmatch(r"nc([1-9]\d*)-rb([1-9]\d*)", name)
     if not match:
@@ -78,8 +78,10 @@ def unet(
         raise InputError(f"U-Net '{name}': the base channels must be a multiple of 4")
     if channel_mult is None:
         channel_mult = (1, 2, 2, 2)[: max(int(math.log2(max(image_size, 1))) - 1, 1)]
+    if not channel_mult or not all(isinstance(factor, int) and factor >= 1 for factor in channel_mult):
+        raise InputError(f"U-Net '{name}': channel_mult={channel_mult} must be integers from 1 up, one a level")
     halvings = 2 ** (len(channel_mult) - 1)
-    if not channel_mult or image_size % halvings:
+    if image_size % halvings:
         raise InputError(f"U-Net '{name}': {len(channel_mult)} levels need an image size divisible by {halvings}")
     attended = [image_size >> level in attention for level in range(len(channel_mult))]
     widths = tuple(base * factor for factor in channel_mult)
@@ -198,29 +200,36 @@ def export(model: UNet | ViT, scheduler: DDPMScheduler, folder: Path) -> None:
 def load_denoiser(spec: str) -> tuple[UNet | ViT, DDPMScheduler, Path]:
     """The denoiser and its process from a run folder, a folder written by `export` or a diffusers pipeline folder.
 
+    The parts of a pipeline lie in unet/ and scheduler/, or side by side as in diffusers' first ones.
+
     Raises:
         InputError: nothing of that kind is there, or it cannot be read.
     """
+
+    def part(folder: Path, name: str) -> Path:
+        return folder / name if (folder / name).is_dir() else folder
+
     for folder in (Path(spec) / "model", Path(spec)):
-        pipeline, own = (folder / "model_index.json").is_file(), (folder / "config.json").is_file()
-        if pipeline or own:
+        network, process = part(folder, "unet"), part(folder, "scheduler")
+        if (process / "scheduler_config.json").is_file() and (network / "config.json").is_file():
             break
     else:
         hint = f"; {Path(spec) / 'best'} has one" if (Path(spec) / "best" / "scheduler").is_dir() else ""
-        raise InputError(f"{spec} holds no denoiser (model/, or a diffusers pipeline with model_index.json){hint}")
+        raise InputError(f"{spec} holds no denoiser (model/, or a diffusers pipeline with scheduler_config.json){hint}")
+    own = network == folder != process and not (folder / "model_index.json").is_file()  # a ViT
     diffusers_logging.disable_progress_bar()
     try:
-        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-        if pipeline:
-            model, info = UNet.from_pretrained(folder / "unet", output_loading_info=True, low_cpu_mem_usage=False)
+        scheduler = DDPMScheduler.from_pretrained(process, local_files_only=True)
+        if own:
+            model = ViT(**json.loads((network / "config.json").read_text()))
+            load_weights(model, network / "model.safetensors")
+        else:
+            options = {"output_loading_info": True, "low_cpu_mem_usage": False, "local_files_only": True}
+            model, info = UNet.from_pretrained(network, **options)
             if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
                 raise ValueError(f"weights do not fit: {wrong[0]}")
             if (out := model.config.out_channels) != (chans := model.config.in_channels):
                 raise ValueError(f"{out} channels out for {chans} in: a learned variance is not supported")
-        else:
-            config = json.loads((folder / "config.json").read_text())
-            model = ViT(**config)
-            load_weights(model, folder / "model.safetensors")
     except InputError:
         raise
     except Exception as error:  # diffusers, safetensors and json raise many kinds

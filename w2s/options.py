@@ -322,6 +322,14 @@ def share(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
+    return value
+
+
 def not_negative(text: str) -> float:
     """An argparse type: a number from 0 up."""
     value = float(text)

@@ -39,6 +39,24 @@ class Reference:
         return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
+class Unlabelled(Dataset):
+    """The images of a dataset, all of one class: whatever stands in its labels is not looked at."""
+
+    def __init__(self, source: Dataset) -> None:
+        self.images, self.reader = getattr(source, "reader", source), self
+        self.dataset = getattr(self.images, "dataset", None)  # of hfds readers
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        return self.images[index][0], 0
+
+    def filename(self, index: int) -> str:
+        """Of an image, as timm's readers have it."""
+        return self.images.filename(index)
+
+
 @dataclass
 class PixelData:
     """What a run trains on, and what its samples are compared with: for the report, and for the switch-off."""
@@ -56,7 +74,7 @@ def load_pixels(args, accelerator) -> PixelData:
 
     The shorter side is resized to --img-size and the centre cut out. The switch-off compares with the slice that
     --switch-split holds out of training, or with the training images where that is 0. Without --class-cond no labels
-    are needed; where there are some, subsets are balanced by them.
+    are needed; where there are some that subsets can be balanced by, they are.
 
     Raises:
         InputError: see the functions this one calls.
@@ -67,17 +85,27 @@ def load_pixels(args, accelerator) -> PixelData:
     half = (0.5,) * args.in_chans
     config = {"input_size": (args.in_chans, args.img_size, args.img_size), "mean": half, "std": half}
     config |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
-    source = open_dataset(args, args.train_split, labelled=args.class_cond)
-    names = class_names(source)
-    targets = targets_of(source, args.train_split, len(names) or None)
-    num_classes = len(names) or int(targets.max()) + 1
-    if args.class_cond and num_classes == 1:
-        raise InputError(f"--class-cond: the images of split '{args.train_split}' have no labels, or one class")
+    source = open_dataset(args, args.train_split, labelled=args.class_cond or args.target_key is not None)
     try:
         fraction = float(args.switch_split)
     except ValueError:
         raise InputError(f"--switch-split {args.switch_split}: a share of the training data, as 0.02") from None
-    rows, held = split_training(targets, num_classes, fraction, args.train_samples, args.switch_seed)
+
+    def cut(targets: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+        return split_training(targets, num_classes, fraction, args.train_samples, args.switch_seed)
+
+    try:
+        names = class_names(source)
+        targets = targets_of(source, args.train_split, len(names) or None)
+        num_classes = len(names) or int(targets.max()) + 1
+        if args.class_cond and num_classes == 1:
+            raise InputError(f"--class-cond: the images of split '{args.train_split}' have no labels, or one class")
+        rows, held = cut(targets, num_classes)
+    except InputError:
+        if args.class_cond:
+            raise
+        source, num_classes = Unlabelled(source), 1
+        rows, held = cut(np.zeros(len(source), np.int64), num_classes)
     plainly = argparse.Namespace(**vars(args), no_aug=True, pad_crop=None)  # what the cache is asked to do
     args.cache = resolve_cache(plainly, len(rows), config, accelerator)
     device = accelerator.device if args.cache == "device" else torch.device("cpu")
@@ -96,7 +124,8 @@ def load_pixels(args, accelerator) -> PixelData:
         indices = indices[: 4 * args.batch_size] if args.dry_run else indices
         digest = hashlib.sha256(np.ascontiguousarray(indices, np.int64).tobytes()).hexdigest()
         place = str(Path(args.data_dir).resolve()) if args.data_dir else None
-        key = {"dataset": args.dataset, "folder": place, "column": args.input_key, "split": name, "rows": digest}
+        key = {"dataset": identity(args.dataset, part), "folder": place, "column": args.input_key}
+        key |= {"split": name, "rows": digest}
         key |= {"n": len(indices), "size": args.img_size, "channels": args.in_chans}
         return Reference(cached if cached is not None and not args.dry_run else split(part, indices), key)
 
@@ -105,11 +134,20 @@ def load_pixels(args, accelerator) -> PixelData:
     other = args.fd_split not in (None, args.train_split)
     report = trained
     if other:
-        against = open_dataset(args, args.fd_split, labelled=False)
+        against = Unlabelled(open_dataset(args, args.fd_split, labelled=False))
         report = reference(against, args.fd_split, np.arange(len(against)))
     switch = reference(source, args.train_split, held) if len(held) else trained
     facts = {"train": len(rows), "switch": len(held), "report": len(report)}
     return PixelData(train, report, switch, num_classes, len(rows), facts)
+
+
+def identity(dataset: str, part: Dataset) -> list:
+    """What tells `--dataset` from another of its name: hfds's may be a relative folder, or have come to new files."""
+    kind, _, name = dataset.partition("/")
+    if kind != "hfds":
+        return [dataset]
+    fingerprint = getattr(part.reader.dataset, "_fingerprint", None)  # of the files, made by the datasets library
+    return [kind, str(Path(name).resolve()) if Path(name).exists() else name, fingerprint]
 
 
 def save_grid(images: Tensor, path: Path, count: int = 64) -> None:

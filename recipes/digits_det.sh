@@ -7,28 +7,50 @@ set -euo pipefail
 output=${OUTPUT:-output}
 train() { python train_det.py -c "recipes/$1.yaml" --output "$output" --seed "$2" --resume auto "${@:3}"; }
 
-# two runs side by side, each on its half of the cores, so that their seconds compare
+# two runs at a time, each on its half of the cores, so that their seconds compare
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1))
 logs=$output/digits_det-logs
 mkdir -p "$logs"
-side_by_side() { # RECIPE RECIPE SEED, and what the second one takes beside
-    train "$1" "$3" 2> "$logs/$1-seed$3.log" & first=$!
-    train "$2" "$3" "${@:4}" 2> "$logs/$2-seed$3.log" & second=$!
-    wait $first || { cat "$logs/$1-seed$3.log"; kill $second 2> /dev/null; exit 1; }
-    wait $second || { cat "$logs/$2-seed$3.log"; exit 1; }
-    tail -n 6 "$logs/$1-seed$3.log" "$logs/$2-seed$3.log" | grep -E "first@|done" || true
+start() { # RECIPE SEED, and more options
+    while [ "$(jobs -rp | wc -l)" -ge 2 ]; do sleep 0.2; done
+    echo "$1, seed $2"
+    train "$@" 2> "$logs/$1-seed$2.log" || touch "$logs/$1-seed$2.failed" &
+}
+stop_if_failed() {
+    for failed in "$logs"/*.failed; do
+        [ -e "$failed" ] || continue
+        kill $(jobs -rp) 2> /dev/null || true
+        wait
+        tail -n 3 "${failed%.failed}.log" >&2
+        rm "$logs"/*.failed
+        exit 1
+    done
 }
 
-echo "The teachers, on a ResNet-10: RetinaNet and Faster R-CNN"
-side_by_side digits_det_teacher digits_det_fasterrcnn_teacher 0
+start digits_det_fasterrcnn_teacher 0 # the longest of all: it goes on beside the first students
+slowest=$!
+start digits_det_teacher 0
+wait $!
+for name in digits_det digits_det_fasterrcnn; do
+    seeds="0 1 2"
+    if [ $name = digits_det_fasterrcnn ]; then
+        seeds=${FASTERRCNN_SEEDS:-0}
+        wait $slowest
+    fi
+    stop_if_failed
+    for seed in $seeds; do
+        start ${name}_baseline "$seed"
+        start ${name}_w2s "$seed" --teacher "$output/${name}_teacher-seed0"
+    done
+done
+wait
+stop_if_failed
 for name in digits_det digits_det_fasterrcnn; do
     seeds="0 1 2"
     [ $name = digits_det ] || seeds=${FASTERRCNN_SEEDS:-0}
     baseline=() treated=()
     for seed in $seeds; do
-        echo "$name: the student, on a ResNet-26, seed $seed: alone and with the teacher"
-        side_by_side ${name}_baseline ${name}_w2s "$seed" --teacher "$output/${name}_teacher-seed0"
         baseline+=("$output/${name}_baseline-seed$seed") treated+=("$output/${name}_w2s-seed$seed")
     done
     python -m w2s.compare --baseline "${baseline[@]}" --treated "${treated[@]}" --out "$output/$name-compared"

@@ -18,16 +18,24 @@ python train_cls.py -c recipes/digits_features.yaml --output "$output" --resume 
 echo "The teacher: a U-Net of 0.18 M parameters"
 train teacher 0
 
-# both arms of a seed run side by side, each on its half of the cores, so that their seconds compare
+# two runs at a time, each on its half of the cores, so that their seconds compare
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1))
 for seed in 0 1 2; do
-    echo "The student, a U-Net of 1.02 M parameters, seed $seed: alone and with the teacher"
-    train baseline $seed 2> "$logs/baseline-seed$seed.log" & baseline=$!
-    train w2s $seed --teacher "$output/digits_diffusion_teacher-seed0" 2> "$logs/w2s-seed$seed.log" & w2s=$!
-    wait $baseline || { cat "$logs/baseline-seed$seed.log"; kill $w2s 2> /dev/null; exit 1; }
-    wait $w2s || { cat "$logs/w2s-seed$seed.log"; exit 1; }
-    tail -n 4 "$logs/baseline-seed$seed.log" "$logs/w2s-seed$seed.log" | grep -E "first@|done" || true
+    for arm in baseline w2s; do
+        while [ "$(jobs -rp | wc -l)" -ge 2 ]; do sleep 0.2; done
+        echo "The student, a U-Net of 1.02 M parameters, seed $seed, $arm"
+        taught=()
+        [ $arm = baseline ] || taught=(--teacher "$output/digits_diffusion_teacher-seed0")
+        train $arm $seed ${taught[@]+"${taught[@]}"} 2> "$logs/$arm-seed$seed.log" || touch "$logs/$arm-seed$seed.failed" &
+    done
+done
+wait
+for failed in "$logs"/*.failed; do
+    [ -e "$failed" ] || continue
+    rm "$failed"
+    tail -n 3 "${failed%.failed}.log" >&2
+    exit 1
 done
 
 python -m w2s.compare --baseline "$output"/digits_diffusion_baseline-seed{0,1,2} \

@@ -111,6 +111,7 @@ def _child(script: str, argv: list[str], log: str, env: dict) -> None:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.environ.update(env)
+    multiprocessing.set_start_method(None, force=True)  # the script's own workers start as they do from the shell
     sys.argv = [script, *argv]
     from importlib import import_module
 

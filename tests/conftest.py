@@ -98,6 +98,21 @@ def watching_forwards(see) -> Iterator[None]:
         handle.remove()
 
 
+# ---- refusals ----
+
+
+@contextlib.contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """The block ends in an InputError of one line that holds these words."""
+    from w2s.options import InputError
+
+    with pytest.raises(InputError) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
 # ---- a process of its own, quickly ----
 
 _server = multiprocessing.get_context("forkserver")

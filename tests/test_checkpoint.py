@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import refused
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -89,16 +90,6 @@ class Training:
 
     def like(self, other: "Training") -> bool:
         return all(torch.equal(a, b) for a, b in zip(self.tensors(), other.tensors(), strict=True))
-
-
-@contextmanager
-def refused(*words: str):
-    """The block ends in an InputError of one line that holds these words."""
-    with pytest.raises(InputError) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def names(root: Path) -> list[str]:

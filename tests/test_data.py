@@ -1,19 +1,18 @@
 """Opening, checking and cutting real data: digits, image folders, Hugging Face datasets; every refusal in one line."""
 
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from accelerate import PartialState
+from conftest import refused
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from train_cls import build_parser, resolve
 from w2s.data import Digits, balanced, load_data, split_training, targets_of
-from w2s.options import InputError
 
 IMBALANCED = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [3, 40, 100, 57]))
 
@@ -25,16 +24,6 @@ def load(dataset: str = "digits", data_dir: Path | None = None, **changes: objec
     vars(args).update(given | changes)
     config = resolve(args)
     return load_data(args, config, args.num_classes, PartialState())
-
-
-@contextmanager
-def refused(*words: str):
-    """The block ends in an InputError of one line that holds these words."""
-    with pytest.raises(InputError) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def targets_in(split) -> list[int]:

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import random
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import accelerate
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from conftest import refused
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -42,16 +42,6 @@ def options(**changes: object):
 
 def train_transform(**changes: object):
     return make_train_transform(*options(**changes))
-
-
-@contextmanager
-def refused(*words: str):
-    """The block ends in an InputError of one line that holds these words."""
-    with pytest.raises(InputError) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 class Pictures(Dataset):

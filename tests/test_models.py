@@ -1,12 +1,12 @@
 """Building, small stems, exports that timm reads back, and weights files that are refused for what they are."""
 
 import pickle
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from conftest import refused
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,16 +39,6 @@ def model_of(name: str = "resnet10t", seed: int = 0, size: int = SIZE, **options
 @torch.no_grad()
 def logits(model: nn.Module, channels: int = 3, size: int = SIZE) -> torch.Tensor:
     return model.eval()(torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0)))
-
-
-@contextmanager
-def refused(*words: str):
-    """The block ends in an InputError of one line that holds these words."""
-    with pytest.raises(InputError) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,11 +1,11 @@
 """Recipes and command lines, their refusals in one line; timm's optimisers and schedules built from them."""
 
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
 import yaml
+from conftest import refused
 from timm.scheduler import (
     CosineLRScheduler,
     MultiStepLRScheduler,
@@ -18,7 +18,7 @@ from torch import nn
 from train_cls import build_parser, resolve
 from w2s.checkpoint import plain
 from w2s.optim import build_optimizer, scaled_lr
-from w2s.options import InputError, Parser, add_switch, early_phase, parse_targets
+from w2s.options import Parser, add_switch, early_phase, parse_targets
 
 
 @pytest.fixture
@@ -33,16 +33,6 @@ def recipe(tmp_path):
 
 def parse(*words: str):
     return build_parser().parse_recipe(list(words))
-
-
-@contextmanager
-def refused(*words: str):
-    """The block ends in an InputError of one line that holds these words."""
-    with pytest.raises(InputError) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 from safetensors.torch import save_file
 from torch import nn
 
 from train_cls import build_parser, resolve, set_up_teacher
 from w2s.models import create_model, export
-from w2s.options import InputError
 from w2s.teacher import ImageTeacher, load_teacher
 
 TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}  # of a resnet10t
@@ -66,16 +66,6 @@ def normalised(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
 @torch.no_grad()
 def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return model.eval()(images)
-
-
-@contextmanager
-def refused(*words: str):
-    """The block ends in an InputError of one line that holds these words."""
-    with pytest.raises(InputError) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 # --- finding one -----------------------------------------------------------------------------------------------------

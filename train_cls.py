@@ -207,14 +207,13 @@ def train(
     job: Job, stop: int, batches: Iterator, criterion: nn.Module, mixup: Mixup | None, control: Control | None = None
 ) -> None:
     """Train until `stop` updates are done, or a signal asks to end."""
-    args, device, accum = job.run.args, job.run.device, job.run.args.grad_accum_steps
+    args, accum = job.run.args, job.run.args.grad_accum_steps
     for _ in job.updates(stop):
         if mixup and args.mixup_off_epoch and job.epoch >= args.mixup_off_epoch:
             mixup.mixup_enabled = False
-        losses = torch.zeros(3, device=device)
+        losses = torch.zeros(3, device=job.run.device)
         for micro in range(accum):
             images, targets = next(batches)
-            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             if args.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             if mixup:

@@ -23,9 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from w2s.boxes import DetectionSplit, eval_loader, train_batches
 from w2s.coco import DetectionData, load_detection
@@ -197,20 +198,13 @@ def build_student(args, config: DetectorConfig) -> nn.Module:
     return student
 
 
-def to_device(images: list[Tensor], targets: list[dict], device: torch.device) -> tuple[list[Tensor], list[dict]]:
-    """Images, boxes and labels on the device."""
-    images = [image.to(device, non_blocking=True) for image in images]
-    keys = ("boxes", "labels")
-    return images, [{key: target[key].to(device, non_blocking=True) for key in keys} for target in targets]
-
-
 def train(job: Job, stop: int, batches: Iterator, names: tuple[str, ...], control: Control | None = None) -> None:
     """Train until `stop` updates are done, or a signal asks to end; `names` are the distillation terms."""
-    device, accum = job.run.device, job.run.args.grad_accum_steps
+    accum = job.run.args.grad_accum_steps
     for _ in job.updates(stop):
-        losses = torch.zeros(3 + len(job.terms), device=device)
+        losses = torch.zeros(3 + len(job.terms), device=job.run.device)
         for micro in range(accum):
-            images, targets = to_device(*next(batches), device)
+            images, targets = next(batches)
 
             with job.accumulating(last=micro == accum - 1):
                 parts, seen = job.model(images, targets)  # torchvision's losses, and what the terms need
@@ -238,7 +232,7 @@ def validate(model, split: DetectionSplit, args, accelerator) -> tuple[dict[str,
     records = []
     for images, targets in eval_loader(split, args, accelerator):
         with accelerator.autocast():
-            detections = model(to_device(images, [], accelerator.device)[0])
+            detections = model(send_to_device(images, accelerator.device))
         records += record(detections, targets)
     found = gather(records, split)
     return shared_numbers(found, split, accelerator), found
@@ -295,7 +289,7 @@ def flops_of(student: nn.Module, teacher: DetectorTeacher | None, data: Detectio
     model, seen = copy.deepcopy(student).train(), []
 
     def update() -> None:
-        losses, outputs = model(*to_device(*map(list, zip(*items, strict=True)), device))
+        losses, outputs = model(*send_to_device(tuple(map(list, zip(*items, strict=True))), device))
         sum(losses.values()).backward()
         seen.append(outputs)
 

@@ -191,13 +191,12 @@ def build_student(args, num_classes: int, process: DDPMScheduler) -> nn.Module:
 
 def train(job: Job, stop: int, batches: Iterator, process: DDPMScheduler, control: Control | None = None) -> None:
     """Train until `stop` updates are done, or a signal asks to end."""
-    args, device, accum = job.run.args, job.run.device, job.run.args.grad_accum_steps
+    args, accum = job.run.args, job.run.args.grad_accum_steps
     place = job.run.accelerator.process_index, job.run.accelerator.num_processes
     for update in job.updates(stop):
-        losses = torch.zeros(3, device=device)
+        losses = torch.zeros(3, device=job.run.device)
         for micro in range(accum):
             images, labels = next(batches)
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             labels = labels if args.class_cond else None
             noise, t = draw_noise(images, args.diffusion_steps, (args.seed, update, micro), *place)
             x_t = process.add_noise(images, noise, t)

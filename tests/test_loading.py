@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from train_cls import build_parser, resolve, validate
 from w2s.data import load_data, open_dataset
-from w2s.loading import ImageSplit, eval_loader, eval_transform, train_batches
+from w2s.loading import ImageSplit, eval_loader, eval_transform, to_device, train_batches
 from w2s.loading import train_transform as make_train_transform
 from w2s.options import InputError
 from w2s.order import EpochBatches, EvalBatches, mix_seed
@@ -540,3 +540,16 @@ def test_held_out_shards_are_the_switch_split_of_a_stream(shards):
 def test_a_stream_that_cannot_be_used_is_refused(shards, changes, words):
     with refused(*words):
         stream(shards, **changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_copied_beside_the_work_on_a_gpu_are_the_same():
+    device, busy = torch.device("cuda"), torch.ones(2048, 2048, device="cuda")
+    batches = [([torch.full((1 << 20,), k, dtype=torch.float32).pin_memory()], {"row": k}) for k in range(16)]
+    sums = []
+    for row, (images, target) in enumerate(to_device(batches, device)):
+        busy = busy @ busy / 2048  # ones: work of an update, still going when the next copy starts
+        sums.append(images[0].sum() * busy[0, 0])
+        assert target["row"] == row
+    assert torch.stack(sums).tolist() == [k * (1 << 20) for k in range(16)]

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from accelerate.utils import send_to_device
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -81,7 +80,7 @@ class Bench:
     def batches(self) -> list:
         """Some batches on the device."""
         source = self.source()
-        batches = [send_to_device(next(source), self.run.device) for _ in range(KEPT_BATCHES)]
+        batches = [next(source) for _ in range(KEPT_BATCHES)]
         source.close()
         return batches
 

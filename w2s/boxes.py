@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from w2s.loading import loader_options
+from w2s.loading import loader_options, to_device
 from w2s.options import InputError
 from w2s.order import EpochBatches, own_randomness, seed_augmentation
 
@@ -129,7 +129,8 @@ class SizedBatches:
 
 
 def train_batches(dataset: DetectionSplit, args, accelerator, start: int, batches: int) -> Iterator:
-    """Endless (images, targets), lists, of this process, from micro-batch `start` of the run on, `batches` an epoch."""
+    """Endless (images, targets), lists, on this process's device, from micro-batch `start` of the run on, `batches` an
+    epoch."""
     groups = [int(np.searchsorted(ASPECT_BINS, width / height, side="right")) for width, height in dataset.sizes]
     sampler = GroupedBatches(
         *(groups if args.group_aspect else [0] * len(groups), args.batch_size, batches, args.seed),
@@ -137,7 +138,7 @@ def train_batches(dataset: DetectionSplit, args, accelerator, start: int, batche
         world=accelerator.num_processes,
     )
     sampler.start = start
-    yield from _loader(dataset, sampler, args, accelerator)
+    return to_device(_loader(dataset, sampler, args, accelerator), accelerator.device)
 
 
 def eval_loader(dataset: DetectionSplit, args, accelerator) -> DataLoader:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
+from accelerate.utils import recursively_apply, send_to_device
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -129,17 +130,22 @@ def eval_transform(data_config: dict) -> Callable:
 
 
 def train_batches(dataset: Dataset, args, accelerator, start: int, batches: int) -> Iterator:
-    """Endless (images, targets) of this process, from micro-batch `start` of the run on, `batches` an epoch."""
+    """Endless (images, targets) on this process's device, from micro-batch `start` of the run on.
+
+    `batches` of them are an epoch.
+    """
     rank, world = accelerator.process_index, accelerator.num_processes
-    if isinstance(dataset, CachedSplit):
-        yield from dataset.train_batches(args.batch_size, batches, args.seed, start, rank, world)
     options = loader_options(args, accelerator)
-    if isinstance(dataset, IterableDataset):
-        yield from _stream_batches(dataset, args, accelerator, start, batches, options)
-    sampler = EpochBatches(len(dataset), args.batch_size, batches, args.seed, rank, world)
-    sampler.start = start
-    generator = torch.Generator().manual_seed(args.seed)  # a loader without one draws from the global generator
-    yield from DataLoader(dataset, batch_sampler=sampler, generator=generator, **options)
+    if isinstance(dataset, CachedSplit):
+        source = dataset.train_batches(args.batch_size, batches, args.seed, start, rank, world)
+    elif isinstance(dataset, IterableDataset):
+        source = _stream_batches(dataset, args, accelerator, start, batches, options)
+    else:
+        sampler = EpochBatches(len(dataset), args.batch_size, batches, args.seed, rank, world)
+        sampler.start = start
+        generator = torch.Generator().manual_seed(args.seed)  # a loader without one draws from the global generator
+        source = DataLoader(dataset, batch_sampler=sampler, generator=generator, **options)
+    return to_device(source, accelerator.device)
 
 
 def _stream_batches(dataset, args, accelerator, start: int, batches: int, options: dict) -> Iterator:
@@ -177,6 +183,25 @@ def eval_loader(dataset: Dataset, args, accelerator) -> Iterable:
         return DataLoader(dataset, batch_size=batch_size, generator=generator, **options)
     sampler = EvalBatches(len(dataset), batch_size, accelerator.process_index, accelerator.num_processes)
     return DataLoader(dataset, batch_sampler=sampler, generator=generator, **options)
+
+
+def to_device(batches: Iterable, device: torch.device) -> Iterator:
+    """The batches on a device.
+
+    To a GPU they are copied from pinned memory on a stream of their own, while it still works on the update before:
+    nothing in the loops waits for it.
+    """
+    if device.type != "cuda":
+        yield from (send_to_device(batch, device) for batch in batches)
+        return
+    copies, training = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            batch = send_to_device(batch, device, non_blocking=True)
+        training.wait_stream(copies)
+        # freed on this side, its memory must not be copied into before the update that reads it is done
+        recursively_apply(lambda tensor: tensor.record_stream(training), batch)
+        yield batch
 
 
 def loader_options(args, accelerator) -> dict:

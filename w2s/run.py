@@ -93,6 +93,7 @@ class Run:
         trackers = check_trackers(args.log_with) if self.keeps else None
         logging.getLogger("accelerate").setLevel(logging.WARNING)
         self.accelerator = accelerate.Accelerator(
+            mixed_precision=default_precision(),
             log_with=trackers,
             project_config=ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "tensorboard")),
         )
@@ -256,6 +257,13 @@ class Run:
         if self._log_file:
             self._log_file.close()
             self._log_file = None
+
+
+def default_precision() -> str | None:
+    """bf16 on GPUs that have it, unless a launcher has decided."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or not torch.cuda.is_available():
+        return None
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
 
 
 def environment(accelerator: accelerate.Accelerator) -> dict:

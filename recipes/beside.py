@@ -1,12 +1,15 @@
 """An update of our loops beside one of the library's own training example: one process, alternating rounds, medians.
 
+    python recipes/beside.py cls -c recipes/cifar10_cpu_w2s.yaml --teacher RUN
     python recipes/beside.py det -c recipes/digits_det_w2s.yaml --teacher RUN
     python recipes/beside.py diffusion -c recipes/digits_diffusion_w2s.yaml --teacher RUN
 
-det: references/detection of torchvision. diffusion: examples/unconditional_image_generation of diffusers, and sampling
-beside its DDIMPipeline. Neither is in the packages, so their loop bodies stand here, step by step what they do: default
-memory format and optimiser kernels, losses read at every step. Model, weights, batch, precision and kind of optimiser
-are the recipe's on all sides; in diffusion all sides clip gradients at 1, as the example does.
+cls: train.py of timm, alone and with its own distillation, each side reading the images of the recipe through its own
+loader. det: references/detection of torchvision. diffusion: examples/unconditional_image_generation of diffusers, and
+sampling beside its DDIMPipeline. None is in the packages, so their loop bodies stand here, step by step what they do:
+default memory format and optimiser kernels, losses read at every step. Model, weights, batch, precision and kind of
+optimiser are the recipe's on all sides; in classification timm crops as it does by default, in diffusion all sides clip
+gradients at 1, as the example does.
 """
 
 import json
@@ -24,13 +27,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import timm.task
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from timm.data import create_dataset, create_loader
+from timm.utils import AverageMeter
 from tqdm import tqdm
 
 from w2s.bench import Bench, ratio, set_up
-from w2s.bench_tasks import Detection, Diffusion
+from w2s.bench_tasks import Classification, Detection, Diffusion
 from w2s.diffusion import UNet
 from w2s.options import InputError
 from w2s.run import call_main
@@ -59,6 +65,75 @@ def optimizer_for(bench: Bench, model: nn.Module) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         group["fused"] = None
     return optimizer
+
+
+def timm_loader(bench: Bench) -> Iterator:
+    """The training batches of timm's train.py: its data set, loader and prefetcher, pass after pass."""
+    args, config, device = bench.args, bench.task.config, bench.run.device
+    keys = {name: getattr(args, name) for name in ("input_key", "target_key") if getattr(args, name)}
+    dataset = create_dataset(args.dataset, args.data_dir, args.train_split, is_training=True, **keys)
+    loader = create_loader(
+        *(dataset, config["input_size"], args.batch_size),
+        **{name: config[name] for name in ("mean", "std", "interpolation")},
+        **dict(is_training=True, no_aug=args.no_aug, hflip=args.hflip, color_jitter=args.color_jitter),
+        **dict(num_workers=args.workers, persistent_workers=args.workers > 0, device=device, use_prefetcher=True),
+        pin_memory=device.type == "cuda",
+    )
+    while True:
+        yield from loader
+
+
+def timm_loop(bench: Bench, batches: Iterator, taught: bool) -> Callable[[int], float]:
+    """train_one_epoch of timm's train.py; taught, with its LogitDistillationTask. Seconds an update."""
+    run, criterion, meter = bench.run, bench.task.criterion, AverageMeter()
+    run.seed()
+    student = bench.task.student().to(run.device)
+    optimizer, schedule = bench.task.optimizer(student, bench.images, bench.updates_per_epoch)
+    for group in optimizer.param_groups:
+        group["fused"] = None
+    if taught:
+        teacher = bench.task.teacher(run, student).model.to(memory_format=torch.contiguous_format)
+        task = timm.task.LogitDistillationTask(student, teacher, criterion, temperature=4.0, verbose=False)
+        task.to(run.device).train()
+    student.train()
+
+    def train(count: int) -> None:
+        for images, targets in islice(batches, count):
+            with run.accelerator.autocast():
+                loss = task(images, targets)["loss"] if taught else criterion(student(images), targets)
+            meter.update(loss.item(), len(images))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step_update(meter.count // len(images), metric=meter.avg)
+
+    return lambda count: bench.seconds(lambda: train(count)) / count
+
+
+def measure_cls(bench: Bench) -> dict:
+    """Images a second of our loop and of timm's, loaders included, and of the loaders alone."""
+    args = bench.args
+    names = "plain", "teacher", "reference", "reference_teacher"
+    sources = [bench.source(), timm_loader(bench)]
+    jobs = [bench.job(taught) for taught in (False, True)]
+    ours = [partial(lambda job, n: bench.task.train(job, job.update + n, sources[0]), job) for job in jobs]
+    sides = [lambda n, side=side: bench.seconds(lambda: side(n)) / n for side in ours]
+    sides += [timm_loop(bench, sources[1], taught) for taught in (False, True)]
+    times = bench.alternate(sides, args.rounds, args.round_updates)
+    loaders = [lambda n, s=source: bench.seconds(lambda: [next(s) for _ in range(n)]) / n for source in sources]
+    alone = bench.alternate(loaders, args.rounds, args.round_updates)
+    return {
+        "images_per_second": {n: bench.images / statistics.median(t) for n, t in zip(names, times, strict=True)},
+        "reference_ratio": ratio(times[0], times[2]),
+        "reference_teacher_ratio": ratio(times[1], times[3]),
+        "loader_images_per_second": bench.images / statistics.median(alone[0]),
+        "loader_images_per_second_reference": bench.images / statistics.median(alone[1]),
+        "loader_ratio": ratio(*alone),
+        "cache": args.cache,
+        "workers": args.workers,
+        "batch": bench.images,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def torchvision_loop(bench: Bench) -> Callable[[int, Iterator], None]:
@@ -179,9 +254,9 @@ def measure(bench: Bench) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     kind, *argv = (sys.argv[1:] if argv is None else argv) or [""]
-    kinds = {"det": Detection, "diffusion": Diffusion}
+    kinds = {"cls": Classification, "det": Detection, "diffusion": Diffusion}
     if kind not in kinds:
-        raise InputError(f"the first word is det or diffusion, not '{kind}'")
+        raise InputError(f"the first word is cls, det or diffusion, not '{kind}'")
     args, bench = set_up(argv, kinds[kind], __doc__)
     if bench.run.accelerator.num_processes > 1 or args.grad_accum_steps > 1:
         raise InputError("the reference loops are of one process and one micro-batch an update")
@@ -189,7 +264,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.class_cond or args.prediction != "epsilon" or args.sampler != "ddim" or not args.model.startswith("nc"):
             raise InputError("the reference trains U-Nets to predict epsilon without classes, and samples with ddim")
         args.clip_grad = 1.0
-    figures = json.dumps(measure(bench), indent=2)
+    if kind == "cls" and (args.dataset == "digits" or bench.task.mixup):
+        raise InputError("timm's loop is fed by timm: give a data set of timm's, and no mixup")
+    figures = json.dumps(measure_cls(bench) if kind == "cls" else measure(bench), indent=2)
     print(figures)
     if args.json:
         Path(args.json).write_text(figures + "\n")

@@ -38,6 +38,10 @@ DIGITS = (
 )
 RESNET = "--model resnet10t --model-kwargs channels=(8,8,16,16) stem_width=8"
 TEACHER = "--model resnet10t --model-kwargs channels=(8,8,8,8) stem_width=8"
+FOLDER = (
+    "--img-size 16 --batch-size 8 --epochs 1 --workers 0 --opt adamw --lr 1e-3 --switch-split 0.1 --check-images -1 "
+    "--val-split val --data-dir"
+)
 VIT = "--model vit_tiny_patch16_224 --model-kwargs patch_size=4 embed_dim=32 depth=2 num_heads=2"
 
 
@@ -96,6 +100,24 @@ def watching_forwards(see) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+# ---- data ----
+
+
+def image_folder(root: Path, train: int = 8, val: int = 4) -> Path:
+    """An image folder of two classes with digits in them."""
+    import numpy as np
+
+    from w2s.data import Digits
+
+    digits = Digits("train")
+    for split, count in (("train", train), ("val", val)):
+        for digit in (0, 1):
+            (root / split / f"class{digit}").mkdir(parents=True)
+            for k, row in enumerate(np.flatnonzero(digits.targets == digit)[:count]):
+                digits[row][0].resize((16, 16)).save(root / split / f"class{digit}" / f"{k}.png")
+    return root
 
 
 # ---- refusals ----

@@ -7,7 +7,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from conftest import DETECT, DIGITS, RESNET, ROOT, TEACHER, call_script, words
+from conftest import DETECT, DIGITS, FOLDER, RESNET, ROOT, TEACHER, call_script, image_folder, words
 
 import train_cls
 from w2s import bench
@@ -98,6 +98,19 @@ def test_all_is_measured_for_the_other_scripts_too(task, tmp_path, monkeypatch, 
     assert set(figures["images_per_second"]) == {"plain", "teacher", "after"}
     flops = figures["flops_per_update"]
     assert 0 < flops["plain"] == flops["after"] < flops["teacher"]
+
+
+def test_classification_beside_timms_loop(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "WARMUP", 1)
+    data = words(FOLDER, image_folder(tmp_path / "data"), "--pad-crop 2 --color-jitter 0")
+    call_script(train_cls.main, TEACHER, data, "--name weak --output", tmp_path)
+    command = words("cls", RESNET, data, "--teacher", tmp_path / "weak", ONCE, tmp_path)
+    call_script(beside.main, command, "--json", tmp_path / "b.json")
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert set(figures["images_per_second"]) == {"plain", "teacher", "reference", "reference_teacher"}
+    assert figures["cache"] == "device" and figures["loader_ratio"] > 0
+    with pytest.raises(InputError, match="no mixup"):
+        call_script(beside.main, command, "--mixup 0.2")
 
 
 def test_detection_beside_torchvisions_loop(detector, tmp_path, monkeypatch):

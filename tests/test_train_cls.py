@@ -27,10 +27,12 @@ import yaml
 from accelerate import Accelerator
 from conftest import (
     DIGITS,
+    FOLDER,
     RESNET,
     TIMEOUT,
     VIT,
     call_script,
+    image_folder,
     read_rows,
     read_summary,
     run_script,
@@ -917,23 +919,6 @@ def test_a_bad_teacher_is_refused(what, needed, tmp_path, tiny_teacher):
     assert not (tmp_path / "out").exists()
 
 
-def image_folder(root: Path, train: int = 8, val: int = 4) -> Path:
-    """An image folder of two classes with digits in them."""
-    digits = Digits("train")
-    for split, count in (("train", train), ("val", val)):
-        for digit in (0, 1):
-            (root / split / f"class{digit}").mkdir(parents=True)
-            for k, row in enumerate(np.flatnonzero(digits.targets == digit)[:count]):
-                digits[row][0].resize((16, 16)).save(root / split / f"class{digit}" / f"{k}.png")
-    return root
-
-
-FOLDER = (
-    "--img-size 16 --batch-size 8 --epochs 1 --workers 0 --opt adamw --lr 1e-3 --switch-split 0.1 --check-images -1 "
-    "--val-split val --data-dir"
-)
-
-
 def damage(path: Path, how: str) -> None:
     """Make an image unreadable in one of the ways that downloads do."""
     if how == "empty":
@@ -1177,6 +1162,21 @@ def test_torch_compile_leaves_plain_names(tmp_path, tiny_teacher):
         for file in path.glob("*.safetensors"):
             assert not [name for name in load_file(file) if "_orig_mod" in name]
     assert timm_top1(folder / "model") == pytest.approx(read_summary(folder)["last"])
+
+
+def test_the_student_is_compiled_once_with_and_without_its_teacher(tmp_path, tiny_teacher):
+    compiled = []  # for each graph, whether with gradients
+
+    def counting(graph: torch.fx.GraphModule, inputs: list) -> object:
+        compiled.append(torch.is_grad_enabled())
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(counting, name="counting")
+    phase = "--kd-warmup 0 --kd-hold 0.5 --kd-decay 0 --evals-per-epoch 4"
+    folder = run(tmp_path, "run", "--torchcompile counting --epochs 1", phase, "--teacher", tiny_teacher)
+    assert [row["kd_active"] for row in read_rows(folder)] == ["1", "0", "0", "0"]
+    assert compiled.count(True) == 1  # what trains, in the first update; the rest is the teacher and evaluations
 
 
 @pytest.mark.parametrize("more", ["", "--model-ema --model-ema-decay 0.5"])

@@ -9,6 +9,8 @@ kept.
 
 import argparse
 import copy
+import ctypes
+import gc
 import itertools
 import json
 import statistics
@@ -108,15 +110,17 @@ class Bench:
         """Bytes at the peak of a few updates: of the GPU's memory, or of the process where there is none."""
         updates = self.updates(job, kept)
         updates(2)
+        gc.collect()
         if self.run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             updates(2)
             return torch.cuda.max_memory_allocated()
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+            ctypes.CDLL(None).malloc_trim(0)  # Linux: give back what is free, and forget the peak so far
+            Path("/proc/self/clear_refs").write_text("5")
             updates(2)
             lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
+        except (OSError, AttributeError):
             return None
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

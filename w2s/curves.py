@@ -8,8 +8,8 @@ from w2s.crossing import AXES, crossings
 from w2s.runs import Run
 
 AXIS_NAMES = dict(zip(AXES, ("epochs", "updates", "samples", "train seconds", "total seconds", "PFLOPs"), strict=True))
-# Okabe and Ito: told apart in all common kinds of colour vision
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito, told apart in all common kinds of colour vision; then three more for comparisons of many arms
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5195", "#8C6D31", "#8A8A8A")
 
 
 def colour_of(number: int) -> str:

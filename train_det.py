@@ -34,6 +34,7 @@ from w2s.controls import Control, make_control, untrain
 from w2s.crossing import RunRecord
 from w2s.detection import DETECTORS, TERMS, DetectorConfig, build_detector, export, load_detector, read_config
 from w2s.detection_kd import DetectorTeacher, distillation_terms, load_detector_teacher
+from w2s.digits_det import keep_digits
 from w2s.models import find_model, load_weights
 from w2s.optim import build_optimizer, scaled_lr
 from w2s.options import (
@@ -385,6 +386,8 @@ def main(argv: list[str] | None = None) -> None:
         data=data.facts,
         weights="ema" if ema else "raw",
     )
+    if run.keeps and run.is_main:
+        keep_digits(Path(args.output) / "digits_det")
     accum = args.grad_accum_steps
     batches = train_batches(data.train, args, accelerator, job.update * accum, updates_per_epoch * accum)
     while job.update < total:

@@ -17,6 +17,7 @@ from conftest import (
     call_script,
     read_rows,
     read_summary,
+    refused,
     start_script,
     timeless,
     weights_of,
@@ -377,6 +378,19 @@ def test_bad_input_is_refused_before_any_work(words, message, digits_det, teache
         call_script(train_det.main, DETECT, words, "--output", tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_built_in_digits_stay_where_a_run_begins_and_not_where_it_is_refused(tmp_path, monkeypatch):
+    small = {"train": 12, "val": 2, "size": 64, "digits": 2, "seed": 0}
+    monkeypatch.setattr("w2s.digits_det.PARAMETERS", small)
+    parts = (train_det.main, DETECT, "--epochs 1 --data digits_det --output", tmp_path / "out")
+    with refused("12 training images are fewer than one update of 64", "--batch-size"):
+        call_script(*parts, "--batch-size 64 --switch-split 0")
+    assert not (tmp_path / "out").exists()
+    call_script(*parts, "--name run")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"digits_det", "run"}
+    train = tmp_path / "out" / "digits_det" / "annotations" / "instances_train2017.json"
+    assert json.loads(train.read_text())["info"] == small
 
 
 def test_a_teacher_of_other_classes_is_refused(digits_det, teacher, tmp_path):

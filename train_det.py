@@ -101,8 +101,8 @@ def build_parser() -> Parser:
     )
     group.add_argument("--anchor-scale", type=float, metavar="X", help="anchor side over stride: 4, or 8")
     group.add_argument("--fpn-channels", type=positive_int, default=256, metavar="N")
-    group.add_argument("--min-size", type=positive_int, default=800, metavar="PX", help="images: shorter side")
-    group.add_argument("--max-size", type=positive_int, default=1333, metavar="PX", help="and longer side at most")
+    group.add_argument("--min-size", type=positive_int, metavar="PX", help="images: shorter side (800)")
+    group.add_argument("--max-size", type=positive_int, metavar="PX", help="and longer side at most (1333)")
     group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="timm's")
     group.add_argument(
         "--detector-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="torchvision's"
@@ -163,6 +163,8 @@ def resolve(args) -> DetectorConfig:
         raise InputError("--lsj and --scale-jitter exclude each other")
     if args.scale_jitter and args.scale_jitter[0] > args.scale_jitter[1]:
         raise InputError(f"--scale-jitter takes LOW and HIGH, got {args.scale_jitter[0]} {args.scale_jitter[1]}")
+    args.min_size = args.min_size or min(800, args.max_size or 800)
+    args.max_size = args.max_size or max(1333, args.min_size)
     args.name = args.name or f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
     config = DetectorConfig(
         *(args.detector, args.model, [], args.norm, args.strides or [], args.extra_levels, args.anchor_scale),
@@ -257,10 +259,11 @@ def open_data(args, config: DetectorConfig) -> DetectionData:
     return data
 
 
-def evaluate_only(args, run: Run, config: DetectorConfig, named: bool) -> None:
+def evaluate_only(args, run: Run, config: DetectorConfig, named: bool, sizes: dict[str, int]) -> None:
     """--eval-only: print the 12 numbers, write detections.json and predictions.png.
 
-    They go into the run folder of a name that was given (`named`), or else beside the model.
+    They go into the run folder of a name that was given (`named`), or else beside the model. An exported model sees
+    images of its own size but for the `sizes` that the command line itself names.
     """
     path = Path(args.initial_checkpoint or run.folder)
     folder = run.folder if named else path.parent if path.is_file() else path
@@ -268,7 +271,7 @@ def evaluate_only(args, run: Run, config: DetectorConfig, named: bool) -> None:
         data = open_data(args, config)
         model = build_student(args, config)
     else:
-        model, _ = load_detector(str(path))
+        model, _ = load_detector(str(path), **sizes)
         data = load_detection(args, model.first_label)
         if model.config.classes != data.classes:
             raise InputError(
@@ -306,7 +309,8 @@ def flops_of(student: nn.Module, teacher: DetectorTeacher | None, data: Detectio
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_recipe(argv)
+    parser = build_parser()
+    args = parser.parse_recipe(argv)
     named = bool(args.name)
     config = resolve(args)
     metric = args.switch_metric
@@ -318,7 +322,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = run.accelerator
     control = make_control(args, accelerator.process_index)
     if args.eval_only:
-        evaluate_only(args, run, config, named)
+        typed = vars(parser.parse_args(argv))  # a recipe's sizes are those of a training
+        sizes = {name: typed[name] for name in ("min_size", "max_size") if typed[name]}
+        evaluate_only(args, run, config, named, sizes)
         return
 
     # data and student

@@ -203,6 +203,27 @@ def test_eval_only_prints_the_twelve_numbers_of_the_run(baseline, digits_det, tm
     assert (tmp_path / "again" / "predictions.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        ("", (64, 64)),
+        ("--min-size 32", (32, 64)),
+        ("--max-size 48 --min-size 48", (48, 48)),
+        ("--max-size 96", (64, 96)),
+    ],
+)
+def test_eval_only_shows_images_in_the_runs_size_unless_told_another(words, seen, baseline, digits_det, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("min-size: 40\nmax-size: 200\n")
+    evaluate = mock.Mock(return_value=({}, []))
+    with mock.patch.multiple(train_det, validate=evaluate, write_detections=mock.Mock(), draw_predictions=mock.Mock()):
+        call_script(
+            *(train_det.main, "-c", tmp_path / "recipe.yaml", words, "--eval-only --check-images 0 --name size"),
+            *("--data", digits_det, "--initial-checkpoint", baseline, "--output", tmp_path),
+        )
+    transform = evaluate.call_args.args[0].transform
+    assert (*transform.min_size, transform.max_size) == seen
+
+
 def test_eval_only_without_a_name_writes_beside_the_model(baseline, digits_det, tmp_path):
     shutil.copytree(baseline / "model", tmp_path / "some" / "model")
     (tmp_path / "val").mkdir()
@@ -228,6 +249,7 @@ def test_the_defaults_are_torchvisions_reference(detector, lr):
     train_det.resolve(args)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     assert scaled_lr(args, 16) == lr and scaled_lr(args, 32) == 2 * lr
+    assert (args.min_size, args.max_size) == (800, 1333)
     optimizer, scheduler = build_optimizer(train_det.reference_warmup(args, lr, 7000), model, lr, args.epochs, 7000)
     (group,) = optimizer.param_groups
     assert type(optimizer) is torch.optim.SGD and len(group["params"]) == 4

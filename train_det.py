@@ -35,6 +35,7 @@ from w2s.controls import Control, make_control, untrain
 from w2s.crossing import RunRecord
 from w2s.detection import DETECTORS, TERMS, DetectorConfig, build_detector, export, load_detector, read_config
 from w2s.detection_kd import DetectorTeacher, distillation_terms, load_detector_teacher
+from w2s.digits_det import keep_digits
 from w2s.models import find_model, load_weights
 from w2s.optim import build_optimizer, scaled_lr
 from w2s.options import (
@@ -101,8 +102,8 @@ def build_parser() -> Parser:
     )
     group.add_argument("--anchor-scale", type=float, metavar="X", help="anchor side over stride: 4, or 8")
     group.add_argument("--fpn-channels", type=positive_int, default=256, metavar="N")
-    group.add_argument("--min-size", type=positive_int, default=800, metavar="PX", help="images: shorter side")
-    group.add_argument("--max-size", type=positive_int, default=1333, metavar="PX", help="and longer side at most")
+    group.add_argument("--min-size", type=positive_int, metavar="PX", help="images: shorter side (800)")
+    group.add_argument("--max-size", type=positive_int, metavar="PX", help="and longer side at most (1333)")
     group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="timm's")
     group.add_argument(
         "--detector-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="torchvision's"
@@ -163,6 +164,8 @@ def resolve(args) -> DetectorConfig:
         raise InputError("--lsj and --scale-jitter exclude each other")
     if args.scale_jitter and args.scale_jitter[0] > args.scale_jitter[1]:
         raise InputError(f"--scale-jitter takes LOW and HIGH, got {args.scale_jitter[0]} {args.scale_jitter[1]}")
+    args.min_size = args.min_size or min(800, args.max_size or 800)
+    args.max_size = args.max_size or max(1333, args.min_size)
     args.name = args.name or f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
     config = DetectorConfig(
         *(args.detector, args.model, [], args.norm, args.strides or [], args.extra_levels, args.anchor_scale),
@@ -250,10 +253,11 @@ def open_data(args, config: DetectorConfig) -> DetectionData:
     return data
 
 
-def evaluate_only(args, run: Run, config: DetectorConfig, named: bool) -> None:
+def evaluate_only(args, run: Run, config: DetectorConfig, named: bool, sizes: dict[str, int]) -> None:
     """--eval-only: print the 12 numbers, write detections.json and predictions.png.
 
-    They go into the run folder of a name that was given (`named`), or else beside the model.
+    They go into the run folder of a name that was given (`named`), or else beside the model. An exported model sees
+    images of its own size but for the `sizes` that the command line itself names.
     """
     path = Path(args.initial_checkpoint or run.folder)
     folder = run.folder if named else path.parent if path.is_file() else path
@@ -261,7 +265,7 @@ def evaluate_only(args, run: Run, config: DetectorConfig, named: bool) -> None:
         data = open_data(args, config)
         model = build_student(args, config)
     else:
-        model, _ = load_detector(str(path))
+        model, _ = load_detector(str(path), **sizes)
         data = load_detection(args, model.first_label)
         if model.config.classes != data.classes:
             raise InputError(
@@ -299,7 +303,8 @@ def flops_of(student: nn.Module, teacher: DetectorTeacher | None, data: Detectio
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_recipe(argv)
+    parser = build_parser()
+    args = parser.parse_recipe(argv)
     named = bool(args.name)
     config = resolve(args)
     metric = args.switch_metric
@@ -311,7 +316,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = run.accelerator
     control = make_control(args, accelerator.process_index)
     if args.eval_only:
-        evaluate_only(args, run, config, named)
+        typed = vars(parser.parse_args(argv))  # a recipe's sizes are those of a training
+        sizes = {name: typed[name] for name in ("min_size", "max_size") if typed[name]}
+        evaluate_only(args, run, config, named, sizes)
         return
 
     # data and student
@@ -379,6 +386,8 @@ def main(argv: list[str] | None = None) -> None:
         data=data.facts,
         weights="ema" if ema else "raw",
     )
+    if run.keeps and run.is_main:
+        keep_digits(Path(args.output) / "digits_det")
     accum = args.grad_accum_steps
     batches = train_batches(data.train, args, accelerator, job.update * accum, updates_per_epoch * accum)
     while job.update < total:

@@ -16,12 +16,10 @@ case $data in
     cifar10) base=cifar10_cpu fixed=3 short=4 ;;  # its learning rate falls to 0: a short schedule is another baseline
     *) echo "error: digits or cifar10, not $data" >&2; exit 2 ;;
 esac
-output=${OUTPUT:-output} seeds=${SEEDS:-0 1 2 3 4} jobs=${JOBS:-2}
+output=${OUTPUT:-output} seeds=${SEEDS:-0 1 2 3 4}
 arms="baseline w2s shuffled uniform labels random never fixed ${short:+short}"
-compared=$output/${base}_controls
-mkdir -p "$compared"
-cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-export OMP_NUM_THREADS=$((cores > jobs ? cores / jobs : 1))
+logs=$output/${base}_controls
+. recipes/pool.sh
 
 train() {  # ARM SEED
     local recipe=${base}_w2s words=(--teacher "$output/${base}_teacher-seed0")
@@ -33,26 +31,18 @@ train() {  # ARM SEED
         fixed) words+=(--kd-off "$fixed") ;;
         *) words+=(--kd-control "$1") ;;
     esac
-    python train_cls.py -c "recipes/$recipe.yaml" --output "$output" --name "${base}_$1-seed$2" --seed "$2" \
-        --resume auto ${words[@]+"${words[@]}"} ${options[@]+"${options[@]}"}
+    start "$1-seed$2" python train_cls.py -c "recipes/$recipe.yaml" --output "$output" --name "${base}_$1-seed$2" \
+        --seed "$2" --resume auto ${words[@]+"${words[@]}"} ${options[@]+"${options[@]}"}
 }
 
 echo "The teacher"
 python train_cls.py -c "recipes/${base}_teacher.yaml" --output "$output" --resume auto ${options[@]+"${options[@]}"}
 for seed in $seeds; do
     for arm in $arms; do
-        while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 0.2; done
-        echo "$arm, seed $seed"
-        train "$arm" "$seed" 2> "$compared/$arm-seed$seed.log" || touch "$compared/$arm-seed$seed.failed" &
+        train "$arm" "$seed"
     done
 done
-wait
-for failed in "$compared"/*.failed; do
-    [ -e "$failed" ] || continue
-    rm "$failed"
-    tail -n 3 "${failed%.failed}.log" >&2
-    exit 1
-done
+finish
 
 groups=()  # of the seeds asked for, whatever else there is
 for arm in $arms; do
@@ -60,12 +50,12 @@ for arm in $arms; do
         [ "$arm" = short ] || groups+=(--arm "$arm=$output/${base}_$arm-seed$seed")
     done
 done
-python -m w2s.compare "${groups[@]}" --out "$compared"
+python -m w2s.compare "${groups[@]}" --out "$logs"
 if [ -n "$short" ]; then  # another length is another schedule and another grid: compared by leave, and apart
     groups=()
     for arm in baseline w2s short; do
         for seed in $seeds; do groups+=(--arm "$arm=$output/${base}_$arm-seed$seed"); done
     done
-    python -m w2s.compare "${groups[@]}" --allow epochs grid --out "$compared/short"
+    python -m w2s.compare "${groups[@]}" --allow epochs grid --out "$logs/short"
 fi
-echo "$compared/report.html"
+echo "$logs/report.html"

@@ -6,38 +6,28 @@
 set -euo pipefail
 set --  # setup.sh would install its arguments
 . "$(dirname "$0")/setup.sh"
-output=${OUTPUT:-output} seeds=${SEEDS:-0 1 2 3 4} jobs=${JOBS:-2}
+output=${OUTPUT:-output} seeds=${SEEDS:-0 1 2 3 4}
 teachers=${TEACHERS:-1:300 2:300 3:300 6:300 12:300 12:1000}
-compared=$output/digits_strength
-mkdir -p "$compared"
-cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-export OMP_NUM_THREADS=$((cores > jobs ? cores / jobs : 1))
-train() { python train_cls.py -c "recipes/$1.yaml" --output "$output" --resume auto "${@:2}"; }
+logs=$output/digits_strength
+. recipes/pool.sh
+train=(python train_cls.py --output "$output" --resume auto -c)
 
 arms=baseline
 for teacher in $teachers; do
     arm=${teacher/:/epochs-}
     echo "A teacher of ${teacher%:*} epochs, ${teacher#*:} images"
-    train digits_teacher --epochs "${teacher%:*}" --train-samples "${teacher#*:}" --warmup-epochs 0.5 \
-        --name "digits_teacher-$arm"
+    "${train[@]}" recipes/digits_teacher.yaml --epochs "${teacher%:*}" --train-samples "${teacher#*:}" \
+        --warmup-epochs 0.5 --name "digits_teacher-$arm"
     arms+=" $arm"
 done
 for seed in $seeds; do
     for arm in $arms; do
-        while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 0.2; done
-        echo "$arm, seed $seed"
-        words=(digits_w2s --name "digits_w2s-$arm-seed$seed" --teacher "$output/digits_teacher-$arm")
-        [ "$arm" != baseline ] || words=(digits_baseline --name "digits_baseline-seed$seed")
-        train "${words[@]}" --seed "$seed" 2> "$compared/$arm-seed$seed.log" || touch "$compared/$arm-seed$seed.failed" &
+        words=(recipes/digits_w2s.yaml --name "digits_w2s-$arm-seed$seed" --teacher "$output/digits_teacher-$arm")
+        [ "$arm" != baseline ] || words=(recipes/digits_baseline.yaml --name "digits_baseline-seed$seed")
+        start "$arm-seed$seed" "${train[@]}" "${words[@]}" --seed "$seed"
     done
 done
-wait
-for failed in "$compared"/*.failed; do
-    [ -e "$failed" ] || continue
-    rm "$failed"
-    tail -n 3 "${failed%.failed}.log" >&2
-    exit 1
-done
+finish
 
 groups=()
 for arm in $arms; do
@@ -47,5 +37,5 @@ for arm in $arms; do
         groups+=(--arm "$arm=$output/$name-seed$seed")
     done
 done
-python -m w2s.compare "${groups[@]}" --strength --out "$compared"
-echo "$compared/strength.png"
+python -m w2s.compare "${groups[@]}" --strength --out "$logs"
+echo "$logs/strength.png"

@@ -329,9 +329,13 @@ def test_the_built_in_digits_are_kept_once_and_not_in_a_dry_run(tmp_path, monkey
         remove(path, **kwargs)
     assert not list((tmp_path / "scratch").iterdir())
     load_detection(options("digits_det", output=output), 0)
+    assert not output.exists(), "a run that is refused later leaves nothing"
+    digits_det.keep_digits(output / "digits_det")
+    assert not list(output.glob(".*")), "nothing half-written stays"
     written = (output / "digits_det" / "annotations" / "instances_val2017.json").stat().st_mtime_ns
     load_detection(options("digits_det", output=output), 0)
     load_detection(options("digits_det", output=output, dry_run=True), 0)
+    digits_det.keep_digits(output / "digits_det")
     assert (output / "digits_det" / "annotations" / "instances_val2017.json").stat().st_mtime_ns == written
     monkeypatch.setattr(digits_det, "PARAMETERS", small | {"seed": 1})
     with pytest.raises(InputError, match="digits_det is not the built-in set as it is written today: remove"):

@@ -444,6 +444,53 @@ def parsed(calls: list[str]) -> list:
     return [train_cls.build_parser().parse_recipe(call.split()[1:]) for call in calls if call.startswith("train_cls")]
 
 
+def test_a_failed_run_ends_the_others_and_the_script(tmp_path):
+    """The one beside it hears of it and may save; no other one begins."""
+    code = """
+    set -euo pipefail
+    export logs=$1/logs
+    . recipes/pool.sh
+    start beside bash -c 'trap "touch $logs/told; exit 1" TERM; touch $logs/there; for i in {1..50}; do sleep .1; done'
+    until [ -e "$logs/there" ]; do sleep 0.1; done
+    start bad bash -c 'seq 3 >&2; echo why >&2; exit 3'
+    start late touch "$logs/late"
+    finish
+    """
+    done = bash(code, tmp_path, JOBS=2)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "beside\nbad\n", "2\n3\nwhy\n")
+    assert (tmp_path / "logs" / "told").exists() and not (tmp_path / "logs" / "late").exists()
+
+
+def test_as_many_runs_at_a_time_as_jobs_and_one_may_be_waited_for(tmp_path):
+    code = """
+    set -euo pipefail
+    export logs=$1 JOBS=2
+    . recipes/pool.sh
+    start long bash -c 'until [ -e "$logs/go" ]; do sleep 0.05; done'
+    start short sleep 0.1
+    finish short
+    wc -w <<< "$running"
+    jobs=1
+    (sleep 0.3; touch "$logs/go") &
+    start next test -e "$logs/go"
+    finish
+    echo "over: $running"
+    """
+    done = bash(code, tmp_path)
+    assert (done.returncode, done.stdout.split()) == (0, ["long", "short", "1", "next", "over:"]), done.stderr
+
+
+@pytest.mark.parametrize(("script", "runs"), [("quickstart.sh", 7), ("digits_det.sh", 10), ("digits_diffusion.sh", 8)])
+def test_every_run_begins_with_its_recipe_once(script, runs, tmp_path):
+    calls, done = many(tmp_path, script)
+    assert done.returncode == 0, done.stderr
+    trained = [call for call in calls if call.startswith("train_")]
+    assert len(trained) == len(set(trained)) == runs
+    for call in trained:
+        parser = importlib.import_module(call.split(".")[0]).build_parser()
+        assert parser.parse_recipe(call.split()[1:]).resume == "auto"
+
+
 def test_controls_runs_every_arm_and_compares_them(tmp_path):
     calls, done = many(tmp_path, "controls.sh")
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ from conftest import (
     call_script,
     read_rows,
     read_summary,
+    refused,
     start_script,
     timeless,
     weights_of,
@@ -202,6 +203,27 @@ def test_eval_only_prints_the_twelve_numbers_of_the_run(baseline, digits_det, tm
     assert (tmp_path / "again" / "predictions.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        ("", (64, 64)),
+        ("--min-size 32", (32, 64)),
+        ("--max-size 48 --min-size 48", (48, 48)),
+        ("--max-size 96", (64, 96)),
+    ],
+)
+def test_eval_only_shows_images_in_the_runs_size_unless_told_another(words, seen, baseline, digits_det, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("min-size: 40\nmax-size: 200\n")
+    evaluate = mock.Mock(return_value=({}, []))
+    with mock.patch.multiple(train_det, validate=evaluate, write_detections=mock.Mock(), draw_predictions=mock.Mock()):
+        call_script(
+            *(train_det.main, "-c", tmp_path / "recipe.yaml", words, "--eval-only --check-images 0 --name size"),
+            *("--data", digits_det, "--initial-checkpoint", baseline, "--output", tmp_path),
+        )
+    transform = evaluate.call_args.args[0].transform
+    assert (*transform.min_size, transform.max_size) == seen
+
+
 def test_eval_only_without_a_name_writes_beside_the_model(baseline, digits_det, tmp_path):
     shutil.copytree(baseline / "model", tmp_path / "some" / "model")
     (tmp_path / "val").mkdir()
@@ -227,6 +249,7 @@ def test_the_defaults_are_torchvisions_reference(detector, lr):
     train_det.resolve(args)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     assert scaled_lr(args, 16) == lr and scaled_lr(args, 32) == 2 * lr
+    assert (args.min_size, args.max_size) == (800, 1333)
     optimizer, scheduler = build_optimizer(train_det.reference_warmup(args, lr, 7000), model, lr, args.epochs, 7000)
     (group,) = optimizer.param_groups
     assert type(optimizer) is torch.optim.SGD and len(group["params"]) == 4
@@ -377,6 +400,19 @@ def test_bad_input_is_refused_before_any_work(words, message, digits_det, teache
         call_script(train_det.main, DETECT, words, "--output", tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_built_in_digits_stay_where_a_run_begins_and_not_where_it_is_refused(tmp_path, monkeypatch):
+    small = {"train": 12, "val": 2, "size": 64, "digits": 2, "seed": 0}
+    monkeypatch.setattr("w2s.digits_det.PARAMETERS", small)
+    parts = (train_det.main, DETECT, "--epochs 1 --data digits_det --output", tmp_path / "out")
+    with refused("12 training images are fewer than one update of 64", "--batch-size"):
+        call_script(*parts, "--batch-size 64 --switch-split 0")
+    assert not (tmp_path / "out").exists()
+    call_script(*parts, "--name run")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"digits_det", "run"}
+    train = tmp_path / "out" / "digits_det" / "annotations" / "instances_train2017.json"
+    assert json.loads(train.read_text())["info"] == small
 
 
 def test_a_teacher_of_other_classes_is_refused(digits_det, teacher, tmp_path):

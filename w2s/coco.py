@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 from PIL import Image
 
 from w2s.boxes import DetectionSplit, check_images, train_transform
@@ -118,8 +117,7 @@ def open_detection(args) -> tuple[Annotated | None, Annotated]:
     if args.data:
         folder = Path(args.data)
         if args.data == "digits_det":
-            with PartialState().local_main_process_first():
-                folder = built_in_digits(Path(args.output) / "digits_det", keep=not args.dry_run)
+            folder = built_in_digits(Path(args.output) / "digits_det")
             check_digits(folder)
         if not folder.is_dir():
             raise InputError(f"--data {folder}: no such folder; digits_det and hfds/NAME_OR_FOLDER are no folders")

@@ -261,13 +261,17 @@ def read_config(folder: Path) -> DetectorConfig:
         raise InputError(f"{folder} holds no exported detector: {' '.join(str(error).split())[:200]}") from None
 
 
-def load_detector(path: str) -> tuple[RetinaNet | FasterRCNN, Path]:
+def load_detector(path: str, **changes: object) -> tuple[RetinaNet | FasterRCNN, Path]:
     """The detector of a run folder or an exported folder, with its weights, and where it was found.
+
+    Args:
+        path: of the folder.
+        changes: to its config, as min_size.
 
     Raises:
         InputError: nothing there, or it cannot be read.
     """
     folder = find_model(path)
-    model = build_detector(read_config(folder))
+    model = build_detector(dataclasses.replace(read_config(folder), **changes))
     load_weights(model, folder / "model.safetensors")
     return model, folder

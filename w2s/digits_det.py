@@ -11,6 +11,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,35 @@ from w2s.order import mix_seed
 PARAMETERS = {"train": 600, "val": 100, "size": 96, "digits": 6, "seed": 0}  # of --data digits_det
 SIDES = (0.12, 0.36)  # of a digit, as shares of the canvas
 TRIES = 20  # to find a free place
+_temporary: dict[Path, Path] = {}  # folder -> where its set is until it is kept
 
 
-def built_in_digits(folder: Path, keep: bool) -> Path:
-    """Where the built-in set is: `folder`, or a temporary one of this process if it is not there and not to `keep`."""
-    if not keep and not folder.exists():
-        scratch = tempfile.mkdtemp(prefix=f"{folder.name}.")
-        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        folder = Path(scratch) / folder.name
-    if not folder.exists():
-        write_digits(folder, **PARAMETERS)
-    return folder
+def built_in_digits(folder: Path) -> Path:
+    """Where the built-in set is: `folder`, or while it is not there, a temporary one of this process."""
+    if folder.exists():
+        return folder
+    scratch = tempfile.mkdtemp(prefix=f"{folder.name}.")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    _temporary[folder] = Path(scratch) / folder.name
+    write_digits(_temporary[folder], **PARAMETERS)
+    return _temporary[folder]
+
+
+def keep_digits(folder: Path) -> None:
+    """Copy there what `built_in_digits` made: once a run begins, so that one that is refused leaves nothing."""
+    if made := _temporary.pop(folder, None):
+        with _complete(folder) as beside:
+            shutil.copytree(made, beside)
+
+
+@contextlib.contextmanager
+def _complete(folder: Path) -> Iterator[Path]:
+    """Gives a path to write to that becomes `folder`; where another process was quicker, its files stay."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        yield (beside := Path(scratch) / "set")
+        with contextlib.suppress(OSError):  # not empty: it is there already
+            beside.rename(folder)
 
 
 def check_digits(folder: Path) -> None:
@@ -59,16 +78,12 @@ def write_digits(folder: Path, train: int = 600, val: int = 100, size: int = 96,
         digits: at most so many on a canvas, at least one.
         seed: of everything.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        beside = Path(scratch) / "set"
+    with _complete(folder) as beside:
         (beside / "annotations").mkdir(parents=True)
         for number, (split, count) in enumerate((("train", train), ("val", val))):
             truth = _write_split(beside / f"{split}2017", (seed, number), count, size, digits)
             truth["info"] = {"train": train, "val": val, "size": size, "digits": digits, "seed": seed}
             (beside / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(truth))
-        with contextlib.suppress(OSError):  # not empty: it is there already
-            beside.rename(folder)
 
 
 def _write_split(folder: Path, key: tuple[int, int], count: int, size: int, digits: int) -> dict:

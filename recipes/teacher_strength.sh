@@ -7,7 +7,7 @@ set -euo pipefail
 set --  # setup.sh would install its arguments
 . "$(dirname "$0")/setup.sh"
 output=${OUTPUT:-output} seeds=${SEEDS:-0 1 2 3 4}
-teachers=${TEACHERS:-1:300 2:300 3:300 6:300 12:300 12:1000}
+teachers=${TEACHERS:-3:300 4:300 5:300 6:300 12:300 12:1000}
 logs=$output/digits_strength
 . recipes/pool.sh
 train=(python train_cls.py --output "$output" --resume auto -c)

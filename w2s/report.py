@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from w2s.curves import AXIS_NAMES, draw_curves, page_data, progress_axis
 from w2s.runs import SCRIPTS, Run, settings
+from w2s.verdict import number, span_text, times, verdict
 
 __all__ = ["draw_curves", "write_html", "write_report"]
 
@@ -29,68 +30,10 @@ Part = str | list[str] | Table  # a paragraph, bullets or a table
 Section = tuple[str, list[Part]]
 
 
-def number(value: float | None) -> str:
-    """Four digits, or all before the point."""
-    return "n/a" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def times(value: float | None, mark: str = "") -> str:
-    """A ratio as text."""
-    return "n/a" if value is None else f"{mark}{value:.2f}x"
-
-
-def _span(pair: list | None, show=number) -> str:
-    return "n/a" if pair is None else f"{show(pair[0])} to {'any' if pair[1] is None else show(pair[1])}"
-
-
-def verdict(result: dict, arms: dict[str, list[Run]]) -> str:
-    """The one sentence: the hardest target that both medians reach or that bounds the speedup, and the final metric."""
-    metric, sign, reference = result["metric"], ">=" if result["mode"] == "max" else "<=", result["reference"]
-    unit = progress_axis(result)
-    going = "Still going; so far: " if result.get("going") else ""
-    clauses = []
-    for arm in result["gain"]:
-        entries = {tau: entry["versus"][arm] for tau, entry in result["targets"].items()}
-        ended = _gain_text(result["gain"][arm]["final"], f"final {metric}")
-        reached = [tau for tau, v in entries.items() if v[unit]["speedup"] or v[unit]["lower_bound"]]
-        if not reached:
-            clauses.append(f"{arm} shows no speedup over {reference}, for no target is reached by its median; {ended}")
-            continue
-        tau = reached[-1]
-        after, before = (result["targets"][tau][name][unit] for name in (arm, reference))
-        instead = number(before["median"]) if before["median"] is not None else "never within the run"
-        claims = " and ".join(_claim(entries[tau][axis], AXIS_NAMES[axis]) for axis in (unit, "train_seconds"))
-        counts = f"medians of {len(arms[reference])} and {len(arms[arm])} runs"
-        clauses.append(
-            f"{arm} reaches {metric} {sign} {tau} at {unit} {number(after['median'])} instead of {instead} ({counts}); "
-            f"paired by seed, {claims}; {ended}"
-        )
-    return going + ". ".join(clauses) + "."
-
-
-def _claim(versus: dict, name: str) -> str:
-    """A speedup in one axis with its doubt; the word "shown" stands only where the interval leaves 1 out."""
-    if (ratio := versus["geometric_mean"]) is None:
-        bound = versus["geometric_mean_lower_bound"] or versus["lower_bound"]
-        return f"at least {times(bound)} in {name}, some runs being censored" if bound else f"no figure in {name}"
-    if (span := versus["interval"]) is None:
-        return f"{times(ratio)} in {name} (no interval: one pair, or all pairs alike; p {versus['p']:.2g})"
-    shown = "faster" if span[0] > 1 else "slower" if span[1] < 1 else "not shown to differ from 1"
-    return f"{times(ratio)} in {name} (95 % interval {_span(span, times)}: {shown}; p {versus['p']:.2g})"
-
-
-def _gain_text(gain: dict, name: str) -> str:
-    if gain["mean"] is None:
-        return f"{name} cannot be compared: a run diverged or has no partner"
-    span = f" (95 % interval of the gain {_span(gain['interval'])})" if gain["interval"] else ""
-    word = f", {gain['verdict']}" if gain["verdict"] else ""
-    return f"{name} {number(abs(gain['mean']))} {'better' if gain['mean'] >= 0 else 'worse'}{span}{word}"
-
-
 def sections(result: dict, arms: dict[str, list[Run]], command: str) -> list[Section]:
     """The whole report but its title and verdict, for both forms."""
     runs = [run for group in arms.values() for run in group]
-    found = []
+    found = [("All arms", _summary_parts(result, arms))] if len(arms) > 2 else []
     for tau, entry in result["targets"].items():
         late = "" if all(tau in run.summary["targets"] for run in runs) else " (not among the targets of every run)"
         found.append((f"first@{tau}{late}", _target_parts(result, entry, arms)))
@@ -98,11 +41,7 @@ def sections(result: dict, arms: dict[str, list[Run]], command: str) -> list[Sec
     pairs = [(kind, arm) for kind in ("final", "best") for arm in arms]
     header = ["", "arm", "each run", "median", "min to max", "olympic mean"]
     rows = [[kind, arm, *_cells(result[kind][arm], [None] * len(arms[arm]))] for kind, arm in pairs]
-    gains = [
-        [kind, arm, number(gain["mean"]), _span(gain["interval"]), number(gain["p"]), gain["verdict"] or "no --margin"]
-        for arm, kinds in result["gain"].items()
-        for kind, gain in kinds.items()
-    ]
+    gains = [[kind, arm, *_gain_cells(gain)] for arm, kinds in result["gain"].items() for kind, gain in kinds.items()]
     margin = f"margin {number(result['margin'])}"
     gain = Table(["", "arm", "mean gain", "95 % interval", "p", margin if result["margin"] is not None else ""], gains)
     said = "Gain over the reference, positive is better:"
@@ -115,6 +54,30 @@ def sections(result: dict, arms: dict[str, list[Run]], command: str) -> list[Sec
     return found
 
 
+def _summary_parts(result: dict, arms: dict[str, list[Run]]) -> list[Part]:
+    """A line an arm: what many arms would be lost among in the tables of the targets."""
+    unit, metric = progress_axis(result), result["metric"]
+    axes = (unit, "train_seconds")
+    header = ["arm", f"final {metric}", "mean gain"]
+    for tau in result["targets"]:
+        header += [f"first@{tau}, {AXIS_NAMES[unit]}", *(f"paired, {AXIS_NAMES[axis]}" for axis in axes)]
+    rows = []
+    for arm, group in arms.items():
+        gain = result["gain"].get(arm)
+        row = [arm, number(result["final"][arm]["median"]), number(gain["final"]["mean"]) if gain else ""]
+        for entry in result["targets"].values():
+            row.append(_cells(entry[arm][unit], [run.rows[-1].get(unit) for run in group])[1])
+            versus = entry["versus"].get(arm)
+            row += [_paired_cell(versus[axis]) if versus else "" for axis in axes]
+        rows.append(row)
+    return [Table(header, rows)]
+
+
+def _gain_cells(gain: dict) -> list[str]:
+    span = span_text(gain["interval"])
+    return [number(gain["mean"]), span, number(gain["p"]), gain["verdict"] or "no --margin"]
+
+
 def _strength_parts(result: dict) -> list[Part]:
     metric, axes = result["metric"], {"epoch": "epochs", "train_seconds": "train seconds"}
     rows = [
@@ -123,17 +86,19 @@ def _strength_parts(result: dict) -> list[Part]:
             number(point["teacher"]),
             number(point["gap"]),
             tau,
-            *(_paired_cell(found[axis]) for axis in axes),
+            *(_paired_cell(result["targets"][tau]["versus"][point["arm"]][axis]) for axis in axes),
         ]
         for point in result["strength"]
-        for tau, found in point["speedup"].items()
+        for tau in point["speedup"]
     ]
     return [Table(["arm", f"teacher {metric}", "gap", "target", *axes.values()], rows)]
 
 
-def _paired_cell(found: dict) -> str:
-    value, bound, span = found["value"], found["lower_bound"], found["interval"]
-    return times(bound, "> ") if value is None else times(value) + (f" ({_span(span, times)})" if span else "")
+def _paired_cell(versus: dict) -> str:
+    value, bound, span = versus["geometric_mean"], versus["geometric_mean_lower_bound"], versus["interval"]
+    if value is None and bound:
+        return times(bound, "> ")
+    return times(value) + (f" ({span_text(span, times)})" if span else "")
 
 
 def _target_parts(result: dict, entry: dict, arms: dict[str, list[Run]]) -> list[Part]:
@@ -163,9 +128,9 @@ def _versus_cells(versus: dict) -> list[str]:
     return [
         times(versus["speedup"]) if versus["speedup"] else times(versus["lower_bound"], "> "),
         times(versus["geometric_mean"]) if versus["geometric_mean"] else times(bound, "> "),
-        _span(versus["interval"], times),
+        span_text(versus["interval"], times),
         number(versus["p"]),
-        _span(versus["resolution"], times),
+        span_text(versus["resolution"], times),
         times(versus.get("speedup_with_teacher")),
         f"{students} student{'s' * (students > 1)}" if students else "n/a",
     ]
@@ -279,7 +244,7 @@ def write_html(result: dict, arms: dict[str, list[Run]], command: str = "") -> s
     title = html.escape(f"Time to target: {result['task']}, {result['metric']}")
     tables, rest = [], []
     for heading, parts in sections(result, arms, command):
-        place = tables if heading.startswith("first@") else rest
+        place = tables if heading.startswith(("first@", "All arms")) else rest
         place.append(f"<section><h2>{html.escape(heading)}</h2>\n{''.join(map(_html, parts))}</section>")
     data = json.dumps(page_data(result, arms), allow_nan=False).replace("<", "\\u003c")  # no </script> inside
     fills = {"TITLE": title, "VERDICT": html.escape(verdict(result, arms)), "TABLES": "\n".join(tables)}

@@ -138,6 +138,16 @@ def test_files(tmp_path):
         )
 
 
+def test_the_images_that_are_decoded_first_are_spread_over_the_split():
+    opened = []
+    source = argparse.Namespace(
+        images=[{"id": row, "width": 4, "height": 4} for row in range(20)],
+        read=lambda row: opened.append(row) or Image.new("RGB", (4, 4)),
+    )
+    check_images(source, list(range(10, 19)), 3)
+    assert sorted(opened) == [10, 13, 16]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

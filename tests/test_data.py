@@ -309,6 +309,15 @@ def test_only_so_many_images_are_decoded_first(tmp_path, limit):
     assert len(load("", root, check_images=limit, switch_split="0").train.decoded) == limit
 
 
+@pytest.mark.parametrize("limit", [2, 3, 7, 18, 99])
+def test_the_images_that_are_decoded_first_are_spread_over_all_classes(tmp_path, limit):
+    root = image_folder(tmp_path, train={"ant": 9, "bee": 9}, val={"ant": 1, "bee": 1})
+    rows = np.array(sorted(load("", root, check_images=limit, switch_split="0").train.decoded))
+    assert len(rows) == min(limit, 18) and rows[0] == 0
+    assert np.bincount(rows // 9).tolist() in ([limit // 2, limit // 2], [-(-limit // 2), limit // 2], [9, 9])
+    assert np.ptp(np.diff([*rows, 18])) <= 1  # neighbours are equally far apart
+
+
 def test_only_small_images_are_kept_in_memory(tmp_path):
     root = image_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
     Image.new("RGB", (65, 64)).save(root / "train" / "ant" / "ant0.png")

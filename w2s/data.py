@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from w2s.cache import cache_split, resolve_cache
 from w2s.loading import ImageSplit, eval_transform, read_image, train_transform
 from w2s.options import InputError
+from w2s.order import spread
 
 STREAMS = ("wds", "hfids", "tfds")
 # what fits small grey digits; an option given by the user or a recipe wins
@@ -220,7 +221,7 @@ def split_training(targets: np.ndarray, num_classes: int, fraction: float, sampl
 
 
 def check_images(source: Dataset, indices: np.ndarray, mode: str, limit: int) -> dict[int, tuple[np.ndarray, int]]:
-    """Decode up to `limit` images (all if negative), so that a corrupt one ends the run before it begins.
+    """Decode up to `limit` images (all if negative), evenly spread: a corrupt one ends the run before it begins.
 
     Returns:
         Those of at most 64x64 pixels, by index: so small, they are kept rather than read again every epoch.
@@ -229,7 +230,7 @@ def check_images(source: Dataset, indices: np.ndarray, mode: str, limit: int) ->
         InputError: an image is corrupt; it is named.
     """
     decoded = {}
-    chosen = indices if limit < 0 else indices[:limit]
+    chosen = indices[spread(len(indices), limit)]
     with ThreadPoolExecutor() as pool:
         for index, (image, target) in zip(
             chosen, pool.map(lambda i: read_image(source, int(i), mode), chosen), strict=True

@@ -474,6 +474,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(kind, tmp_path, tiny_te
         time.sleep(chance.uniform(0, 0.2) if kill else 0)
         process.kill()
         assert process.wait() == [-signal.SIGKILL], process.text
+        assert not kill or read_summary(folder)["status"] == "running"
         newest.append(max((c for c in checkpoints(folder) if c.startswith("update-")), default=None))
     assert newest[0] is None  # killed before the first checkpoint
     assert any(int(name.split("-")[1]) % 4 for name in newest[1:])  # and in the middle of an epoch
@@ -959,6 +960,28 @@ def test_a_corrupt_image_is_named_in_training_too(tmp_path):
     assert process.wait() == [2], process.text
     (line,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
     assert "corrupt image" in line and "class1/" in line and "Traceback" not in process.text
+    assert read_summary(tmp_path / "out" / "run")["status"] == "failed"  # else slurm.sh would launch it again
+
+
+def test_a_corrupt_image_found_late_leaves_the_checkpoint_and_the_run_goes_on_once_it_is_mended(tmp_path, monkeypatch):
+    data = image_folder(tmp_path / "data")
+    image, train, calls = data / "val" / "class1" / "2.png", train_cls.train, []
+    whole = image.read_bytes()
+
+    def damaging(*args: object) -> None:
+        train(*args)
+        calls.append(len(calls))
+        if calls == [0, 1]:
+            damage(image, "cut")
+
+    monkeypatch.setattr(train_cls, "train", damaging)
+    options = words(RESNET, FOLDER, data, "--check-images 0 --epochs 2 --name run --output", tmp_path)
+    assert "2.png" in refusal(options)
+    assert read_summary(tmp_path / "run")["status"] == "failed"
+    assert checkpoints(tmp_path / "run") == ["update-00000001"]
+    image.write_bytes(whole)
+    call_script(train_cls.main, options, "--resume auto")
+    assert read_summary(tmp_path / "run")["status"] == "finished"
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_files(tmp_path):
     with pytest.raises(InputError, match=r"1 images of .*instances_train2017.json are not in .*: 3.png"):
         open_detection(options(folder))
     (folder / "train2017" / "3.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"corrupt image 3.png"):
+    with pytest.raises(InputError, match=r"corrupt image 3.png of .*instances_train2017.json"):
         load_detection(options(folder), 0)
     Image.new("RGB", (30, 40)).save(folder / "train2017" / "3.png")
     with pytest.raises(InputError, match=r"3.png is \(30, 40\), its annotation says \(40, 30\)"):

@@ -420,7 +420,7 @@ def test_labels_out_of_range_are_refused(tmp_path):
 
 def test_a_row_without_an_image_is_refused(tmp_path):
     root = hf_folder(tmp_path / "hf", [0, 1, 0, 1], without_image=2)
-    with refused("row 2"):
+    with refused("row 2", "split 'train'"):
         load_hf(root, switch_split="0")
 
 

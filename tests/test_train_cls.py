@@ -947,6 +947,7 @@ def test_a_corrupt_image_is_named(how, split, tmp_path):
     damage(data / split / "class1" / "2.png", how)
     message = refusal(RESNET, FOLDER, data, "--name run --output", tmp_path / "out")
     assert "corrupt image" in message and "class1/2.png" in message
+    assert str(data / split / "class1" / "2.png") in message  # the other split has a class1/2.png, too
     assert not (tmp_path / "out").exists()
 
 

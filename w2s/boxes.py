@@ -181,7 +181,8 @@ def read_checked(source: "w2s.coco.Annotated", row: int) -> Image.Image:  # noqa
     try:
         image = source.read(row)
     except Exception as error:  # Pillow raises many kinds
-        raise InputError(f"corrupt image {name}: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"corrupt image {name} of {source.where}: {' '.join(str(error).split())[:200]}") from None
     if image.size != (entry["width"], entry["height"]):
-        raise InputError(f"image {name} is {image.size}, its annotation says {(entry['width'], entry['height'])}")
+        told = entry["width"], entry["height"]
+        raise InputError(f"image {name} is {image.size}, its annotation says {told} in {source.where}")
     return image

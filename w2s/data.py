@@ -101,6 +101,7 @@ def open_dataset(
         raise InputError(f"cannot open split '{split}' of dataset {where}: {type(error).__name__}: {reason}") from None
     if kind in STREAMS:
         return dataset if training else _whole_split(dataset, args, split)
+    dataset.split_name = split  # for errors
     if len(dataset) == 0:
         raise InputError(f"split '{split}' of dataset {args.dataset or args.data_dir} is empty")
     reader = getattr(dataset, "reader", None)

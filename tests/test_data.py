@@ -210,10 +210,16 @@ def test_an_image_folder_is_read_with_its_classes_in_order(tmp_path):
     assert targets_in(data.report) == [0, 1, 2, 2]
 
 
-def test_a_class_that_the_reporting_split_lacks_keeps_the_others_indices(tmp_path):
-    data = load("", image_folder(tmp_path, train={"ant": 3, "bee": 3, "cat": 3}, val={"ant": 1, "cat": 2}))
-    assert data.num_classes == 3
-    assert targets_in(data.report) == [0, 2, 2]
+def test_a_class_that_the_reporting_split_lacks_is_refused(tmp_path):
+    root = image_folder(tmp_path, train={"ant": 3, "bee": 3, "cat": 3}, val={"ant": 1, "bee": 0, "cat": 2})
+    with refused("class 'bee'", "split 'validation'", "no image"):
+        load("", root)
+
+
+def test_a_class_folder_without_images_in_training_is_the_cause_that_is_named(tmp_path):
+    root = image_folder(tmp_path, train={"ant": 3, "bee": 0, "cat": 3}, val={"ant": 1, "bee": 1, "cat": 2})
+    with refused("class 'bee'", "split 'train'", "no image"):
+        load("", root)
 
 
 def test_a_class_that_only_the_reporting_split_has_is_refused(tmp_path):
@@ -380,6 +386,16 @@ def test_images_are_converted_to_the_channels_of_the_run(tmp_path, in_chans, mea
     expected = np.asarray(picture(1).convert("L" if in_chans == 1 else "RGB")).reshape(32, 32, -1)
     served = data.report.__getitems__([(0, 1)])[0][0].permute(1, 2, 0).numpy() * 255
     np.testing.assert_allclose(served, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("names", [None, datasets.ClassLabel(names=["ant", "bee", "cat"])])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_without_an_image_in_a_split_of_a_hugging_face_dataset_is_refused(tmp_path, split, names):
+    root = hf_folder(tmp_path / "hf", [2, 0, 1] * 3, names)
+    hf_folder(tmp_path / "less", [2, 0] * 3, names)
+    shutil.copy(tmp_path / "less" / "train.parquet", root / f"{split}.parquet")
+    with refused("class 'bee'" if names else "class 1", f"split '{split}'", "no image"):
+        load_hf(root)
 
 
 def test_wrong_keys_are_refused(tmp_path):

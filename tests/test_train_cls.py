@@ -123,15 +123,15 @@ def trained_on(seen: list) -> list[str]:
 
 
 @contextlib.contextmanager
-def sigterm_in_update(update: int, micro_batches: int = 1):
-    """A real SIGTERM in the middle of an update, counted from 0 and from the start of this process."""
+def signal_in_update(update: int, micro_batches: int = 1, number: int = signal.SIGTERM):
+    """A real signal in the middle of an update, counted from 0 and from the start of this process."""
     count = 0
 
     def see(module: torch.nn.Module, inputs: tuple) -> None:
         nonlocal count
         if hasattr(module, "pretrained_cfg") and module.training and inputs[0].device.type != "meta":
             if count == update * micro_batches:
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(number)
             count += 1
 
     with watching_forwards(see):
@@ -141,7 +141,7 @@ def sigterm_in_update(update: int, micro_batches: int = 1):
 def preempted_run(update: int, output: Path, name: str, *parts: object) -> Path:
     """A run that a SIGTERM ends during `update`: saved with one more update done."""
     micro_batches = 2 if "--grad-accum-steps" in words(*parts) else 1
-    with sigterm_in_update(update, micro_batches), pytest.raises(Preempted, match="--resume auto"):
+    with signal_in_update(update, micro_batches), pytest.raises(Preempted, match="--resume auto"):
         run(output, name, *parts)
     assert read_summary(output / name)["status"] == "preempted"
     return output / name
@@ -525,6 +525,15 @@ def test_sigterm_saves_and_exits_75(tmp_path, baseline):
     process = start_script("train_cls", tmp_path / "log", command, "--resume auto")
     assert process.wait() == [0], process.text
     assert_same_run(tmp_path / "run", baseline[0])
+
+
+def test_ctrl_c_saves_and_exits_75(tmp_path, stopped):
+    with signal_in_update(1, number=signal.SIGINT), pytest.raises(SystemExit) as exit:
+        call_main(lambda: run(tmp_path, "run", "--epochs 1"))
+    assert exit.value.code == 75
+    assert read_summary(tmp_path / "run")["status"] == "preempted"
+    assert checkpoints(tmp_path / "run") == ["update-00000002"]
+    assert_same_run(run(tmp_path, "run", "--epochs 1 --resume auto"), stopped[1])
 
 
 @pytest.fixture(scope="module")

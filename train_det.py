@@ -83,7 +83,7 @@ def build_parser() -> Parser:
     add_switch(group, "--fix-boxes", "drop boxes without area and clip those that reach outside, instead of stopping")
     add_switch(group, "--keep-empty", "train on images without boxes, too")
     group.add_argument(
-        "--check-images", type=int, default=2000, metavar="N", help="decode N images a split first (-1: all)"
+        "--check-images", type=int, default=2000, metavar="N", help="decode N a split first, spread evenly (-1: all)"
     )
     group.add_argument("-j", "--workers", type=natural_int, default=4, metavar="N", help="loader workers a process")
 

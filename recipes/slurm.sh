@@ -104,7 +104,7 @@ main() {
                 echo "slurm.sh: $OUTPUT/$NAME died (crash $crashes of $MAX_CRASHES); starting again from its checkpoint" >&2
                 ;;
             failed)
-                echo "slurm.sh: $OUTPUT/$NAME failed: a loss that is not finite, see above" >&2
+                echo "slurm.sh: $OUTPUT/$NAME failed, see above; trying again would not change that" >&2
                 return 3
                 ;;
             refused)

@@ -124,12 +124,12 @@ def image_folder(root: Path, train: int = 8, val: int = 4) -> Path:
 
 
 @contextlib.contextmanager
-def refused(*words: str) -> Iterator[None]:
+def refused(*words: str) -> Iterator[pytest.ExceptionInfo]:
     """The block ends in an InputError of one line that holds these words."""
     from w2s.options import InputError
 
     with pytest.raises(InputError) as caught:
-        yield
+        yield caught
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)

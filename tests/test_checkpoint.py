@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from w2s.checkpoint import (
     read_state,
     save_checkpoint,
 )
+from w2s.crossing import RunRecord
 from w2s.models import create_model
 from w2s.options import InputError
 from w2s.run import (
@@ -433,6 +435,46 @@ def test_other_errors_end_with_code_1_and_their_traceback(capsys):
     assert "Traceback" in (printed := capsys.readouterr().err) and "ZeroDivisionError" in printed
 
 
+@pytest.mark.parametrize(
+    ("error", "processes", "status"),
+    [
+        (InputError("corrupt image"), 1, "failed"),
+        (InputError("corrupt image"), 8, "failed"),
+        (ZeroDivisionError(), 1, "failed"),
+        (RuntimeError("connection closed by peer"), 8, "running"),  # the peer may have been killed
+        (KeyboardInterrupt(), 1, "running"),
+        (Preempted("saved"), 1, "preempted"),
+    ],
+)
+def test_what_ends_an_open_run_stands_in_its_summary(run_of, tmp_path, error, processes, status):
+    def main() -> None:
+        run = run_of()
+        run.launch["processes"] = processes
+        run.open(lambda folder, facts, log: RunRecord(folder, "top1", "max", [50.0], ("top1",), facts, log))
+        run.record.add(epoch=1, update=4, top1=60.0)
+        if status == "preempted":
+            run.finish(status)
+        raise error
+
+    with pytest.raises(SystemExit):
+        call_main(main)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["best"], summary["targets"]["50"]["first"]["update"]) == (status, 60.0, 4)
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_a_refusal_leaves_the_run_before_it_alone(run_of, tmp_path):
+    run = run_of()
+    run.open(lambda folder, facts, log: RunRecord(folder, "top1", "max", [], ("top1",), facts, log))
+
+    def main() -> None:
+        raise InputError("the model is unknown")
+
+    with pytest.raises(SystemExit):
+        call_main(main)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "running"
+
+
 def test_options_are_written_as_yaml_and_json_know_them():
     args = build_parser().parse_recipe(["--model-kwargs", "dims=(1, 2)", "--lr", "1e-7", "-c", os.devnull])
     options = plain(vars(args))
@@ -457,7 +499,10 @@ def run_of(tmp_path, monkeypatch):
         resolve(args)
         return Run(args, "cls")
 
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield make
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     accelerate.state.AcceleratorState._reset_state(True)
 
 

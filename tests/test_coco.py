@@ -129,13 +129,23 @@ def test_files(tmp_path):
     with pytest.raises(InputError, match=r"1 images of .*instances_train2017.json are not in .*: 3.png"):
         open_detection(options(folder))
     (folder / "train2017" / "3.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"corrupt image 3.png"):
+    with pytest.raises(InputError, match=r"corrupt image 3.png of .*instances_train2017.json"):
         load_detection(options(folder), 0)
     Image.new("RGB", (30, 40)).save(folder / "train2017" / "3.png")
     with pytest.raises(InputError, match=r"3.png is \(30, 40\), its annotation says \(40, 30\)"):
         check_images(
             read_coco(folder / "train2017", folder / "annotations" / "instances_train2017.json", False), [1], -1
         )
+
+
+def test_the_images_that_are_decoded_first_are_spread_over_the_split():
+    opened = []
+    source = argparse.Namespace(
+        images=[{"id": row, "width": 4, "height": 4} for row in range(20)],
+        read=lambda row: opened.append(row) or Image.new("RGB", (4, 4)),
+    )
+    check_images(source, list(range(10, 19)), 3)
+    assert sorted(opened) == [10, 13, 16]
 
 
 @pytest.mark.parametrize(

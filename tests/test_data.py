@@ -210,10 +210,16 @@ def test_an_image_folder_is_read_with_its_classes_in_order(tmp_path):
     assert targets_in(data.report) == [0, 1, 2, 2]
 
 
-def test_a_class_that_the_reporting_split_lacks_keeps_the_others_indices(tmp_path):
-    data = load("", image_folder(tmp_path, train={"ant": 3, "bee": 3, "cat": 3}, val={"ant": 1, "cat": 2}))
-    assert data.num_classes == 3
-    assert targets_in(data.report) == [0, 2, 2]
+def test_a_class_that_the_reporting_split_lacks_is_refused(tmp_path):
+    root = image_folder(tmp_path, train={"ant": 3, "bee": 3, "cat": 3}, val={"ant": 1, "bee": 0, "cat": 2})
+    with refused("class 'bee'", "split 'validation'", "no image"):
+        load("", root)
+
+
+def test_a_class_folder_without_images_in_training_is_the_cause_that_is_named(tmp_path):
+    root = image_folder(tmp_path, train={"ant": 3, "bee": 0, "cat": 3}, val={"ant": 1, "bee": 1, "cat": 2})
+    with refused("class 'bee'", "split 'train'", "no image"):
+        load("", root)
 
 
 def test_a_class_that_only_the_reporting_split_has_is_refused(tmp_path):
@@ -309,6 +315,15 @@ def test_only_so_many_images_are_decoded_first(tmp_path, limit):
     assert len(load("", root, check_images=limit, switch_split="0").train.decoded) == limit
 
 
+@pytest.mark.parametrize("limit", [2, 3, 7, 18, 99])
+def test_the_images_that_are_decoded_first_are_spread_over_all_classes(tmp_path, limit):
+    root = image_folder(tmp_path, train={"ant": 9, "bee": 9}, val={"ant": 1, "bee": 1})
+    rows = np.array(sorted(load("", root, check_images=limit, switch_split="0").train.decoded))
+    assert len(rows) == min(limit, 18) and rows[0] == 0
+    assert np.bincount(rows // 9).tolist() in ([limit // 2, limit // 2], [-(-limit // 2), limit // 2], [9, 9])
+    assert np.ptp(np.diff([*rows, 18])) <= 1  # neighbours are equally far apart
+
+
 def test_only_small_images_are_kept_in_memory(tmp_path):
     root = image_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
     Image.new("RGB", (65, 64)).save(root / "train" / "ant" / "ant0.png")
@@ -373,6 +388,16 @@ def test_images_are_converted_to_the_channels_of_the_run(tmp_path, in_chans, mea
     np.testing.assert_allclose(served, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("names", [None, datasets.ClassLabel(names=["ant", "bee", "cat"])])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_without_an_image_in_a_split_of_a_hugging_face_dataset_is_refused(tmp_path, split, names):
+    root = hf_folder(tmp_path / "hf", [2, 0, 1] * 3, names)
+    hf_folder(tmp_path / "less", [2, 0] * 3, names)
+    shutil.copy(tmp_path / "less" / "train.parquet", root / f"{split}.parquet")
+    with refused("class 'bee'" if names else "class 1", f"split '{split}'", "no image"):
+        load_hf(root)
+
+
 def test_wrong_keys_are_refused(tmp_path):
     root = hf_folder(tmp_path / "hf", [0, 1] * 3)
     with refused("nothing"):
@@ -411,7 +436,7 @@ def test_labels_out_of_range_are_refused(tmp_path):
 
 def test_a_row_without_an_image_is_refused(tmp_path):
     root = hf_folder(tmp_path / "hf", [0, 1, 0, 1], without_image=2)
-    with refused("row 2"):
+    with refused("row 2", "split 'train'"):
         load_hf(root, switch_split="0")
 
 

@@ -371,7 +371,7 @@ def test_a_corrupt_image_is_named_and_not_replaced_by_another(tmp_path, damage):
     args, config, folder = picture_folder(tmp_path)
     split = ImageSplit(open_dataset(args, "train"), np.arange(4), make_train_transform(args, config), "RGB", 0)
     damage(folder / "b" / "b1.png")
-    with refused("b1.png", "row 3"):
+    with refused(str(folder / "b" / "b1.png"), "row 3 of split 'train'"):
         split.__getitems__([(0, 3)])
 
 

@@ -316,6 +316,13 @@ def test_a_damaged_weights_file_is_refused_by_name(tmp_path, suffix, damage):
         load_weights(model_of(), path)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_an_empty_weights_file_is_called_empty(tmp_path, suffix):
+    (tmp_path / f"w{suffix}").touch()
+    with refused("the file is empty"):
+        load_weights(model_of(), tmp_path / f"w{suffix}")
+
+
 @pytest.mark.parametrize(
     "state",
     [
@@ -350,8 +357,9 @@ class Touches:
 @pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
 def test_code_in_a_weights_file_is_refused_and_not_run(tmp_path, wrap, write):
     write(wrap(Touches(tmp_path / "touched")), tmp_path / "evil.pth")
-    with refused("evil.pth"):
+    with refused("evil.pth") as caught:
         load_weights(model_of(), tmp_path / "evil.pth")
+    assert "weights_only" not in str(caught.value)  # no advice to run the code
     assert not (tmp_path / "touched").exists()
 
 

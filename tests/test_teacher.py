@@ -149,9 +149,25 @@ def test_a_teacher_of_other_classes_is_refused(run_folder, form):
         load(f"{run_folder}{form}", *(("resnet10t", TINY) if form else ()), classes=7)
 
 
-def test_a_teacher_of_other_channels_is_refused(run_folder):
+@pytest.mark.parametrize("form", ["", "/weights.safetensors", "/last.pth"])
+def test_a_teacher_says_how_many_classes_it_and_the_data_have(run_folder, form):
+    with refused("the teacher has 10 classes, the data 7", str(run_folder)):
+        load(f"{run_folder}{form}", *(("resnet10t", TINY) if form else ()), classes=7)
+
+
+@pytest.mark.parametrize("form", ["", "/weights.safetensors"])
+def test_a_teacher_of_other_channels_is_refused(run_folder, form):
     with refused("3 channels", "student 1"):
-        load(run_folder, channels=1)
+        load(f"{run_folder}{form}", *(("resnet10t", TINY) if form else ()), channels=1)
+
+
+@pytest.mark.parametrize(("classes", "channels", "words"), [(10, 3, "11 classes, the data 10"), (11, 1, "3 channels")])
+def test_a_transformers_weights_file_says_its_classes_and_channels(tmp_path, classes, channels, words):
+    save_file(
+        create_model("vit_tiny_patch16_224", 11, model_kwargs=TINY_VIT).state_dict(), tmp_path / "vit.safetensors"
+    )
+    with refused(words):
+        load(tmp_path / "vit.safetensors", "vit_tiny_patch16_224", TINY_VIT, classes, channels, size=224)
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])

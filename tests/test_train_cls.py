@@ -123,15 +123,15 @@ def trained_on(seen: list) -> list[str]:
 
 
 @contextlib.contextmanager
-def sigterm_in_update(update: int, micro_batches: int = 1):
-    """A real SIGTERM in the middle of an update, counted from 0 and from the start of this process."""
+def signal_in_update(update: int, micro_batches: int = 1, number: int = signal.SIGTERM):
+    """A real signal in the middle of an update, counted from 0 and from the start of this process."""
     count = 0
 
     def see(module: torch.nn.Module, inputs: tuple) -> None:
         nonlocal count
         if hasattr(module, "pretrained_cfg") and module.training and inputs[0].device.type != "meta":
             if count == update * micro_batches:
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(number)
             count += 1
 
     with watching_forwards(see):
@@ -141,7 +141,7 @@ def sigterm_in_update(update: int, micro_batches: int = 1):
 def preempted_run(update: int, output: Path, name: str, *parts: object) -> Path:
     """A run that a SIGTERM ends during `update`: saved with one more update done."""
     micro_batches = 2 if "--grad-accum-steps" in words(*parts) else 1
-    with sigterm_in_update(update, micro_batches), pytest.raises(Preempted, match="--resume auto"):
+    with signal_in_update(update, micro_batches), pytest.raises(Preempted, match="--resume auto"):
         run(output, name, *parts)
     assert read_summary(output / name)["status"] == "preempted"
     return output / name
@@ -474,6 +474,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(kind, tmp_path, tiny_te
         time.sleep(chance.uniform(0, 0.2) if kill else 0)
         process.kill()
         assert process.wait() == [-signal.SIGKILL], process.text
+        assert not kill or read_summary(folder)["status"] == "running"
         newest.append(max((c for c in checkpoints(folder) if c.startswith("update-")), default=None))
     assert newest[0] is None  # killed before the first checkpoint
     assert any(int(name.split("-")[1]) % 4 for name in newest[1:])  # and in the middle of an epoch
@@ -524,6 +525,15 @@ def test_sigterm_saves_and_exits_75(tmp_path, baseline):
     process = start_script("train_cls", tmp_path / "log", command, "--resume auto")
     assert process.wait() == [0], process.text
     assert_same_run(tmp_path / "run", baseline[0])
+
+
+def test_ctrl_c_saves_and_exits_75(tmp_path, stopped):
+    with signal_in_update(1, number=signal.SIGINT), pytest.raises(SystemExit) as exit:
+        call_main(lambda: run(tmp_path, "run", "--epochs 1"))
+    assert exit.value.code == 75
+    assert read_summary(tmp_path / "run")["status"] == "preempted"
+    assert checkpoints(tmp_path / "run") == ["update-00000002"]
+    assert_same_run(run(tmp_path, "run", "--epochs 1 --resume auto"), stopped[1])
 
 
 @pytest.fixture(scope="module")
@@ -946,6 +956,7 @@ def test_a_corrupt_image_is_named(how, split, tmp_path):
     damage(data / split / "class1" / "2.png", how)
     message = refusal(RESNET, FOLDER, data, "--name run --output", tmp_path / "out")
     assert "corrupt image" in message and "class1/2.png" in message
+    assert str(data / split / "class1" / "2.png") in message  # the other split has a class1/2.png, too
     assert not (tmp_path / "out").exists()
 
 
@@ -959,6 +970,28 @@ def test_a_corrupt_image_is_named_in_training_too(tmp_path):
     assert process.wait() == [2], process.text
     (line,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
     assert "corrupt image" in line and "class1/" in line and "Traceback" not in process.text
+    assert read_summary(tmp_path / "out" / "run")["status"] == "failed"  # else slurm.sh would launch it again
+
+
+def test_a_corrupt_image_found_late_leaves_the_checkpoint_and_the_run_goes_on_once_it_is_mended(tmp_path, monkeypatch):
+    data = image_folder(tmp_path / "data")
+    image, train, calls = data / "val" / "class1" / "2.png", train_cls.train, []
+    whole = image.read_bytes()
+
+    def damaging(*args: object) -> None:
+        train(*args)
+        calls.append(len(calls))
+        if calls == [0, 1]:
+            damage(image, "cut")
+
+    monkeypatch.setattr(train_cls, "train", damaging)
+    options = words(RESNET, FOLDER, data, "--check-images 0 --epochs 2 --name run --output", tmp_path)
+    assert "2.png" in refusal(options)
+    assert read_summary(tmp_path / "run")["status"] == "failed"
+    assert checkpoints(tmp_path / "run") == ["update-00000001"]
+    image.write_bytes(whole)
+    call_script(train_cls.main, options, "--resume auto")
+    assert read_summary(tmp_path / "run")["status"] == "finished"
 
 
 @pytest.mark.parametrize(
@@ -1038,8 +1071,8 @@ def test_wandb_without_a_key_names_the_way_offline(tmp_path):
     options = words(DIGITS, RESNET, "--log-with wandb --name run --output", tmp_path / "out")
     process = start_script("train_cls", tmp_path / "log", options, env=nobody)
     assert process.wait() == [2], process.text
-    (line,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
-    assert "WANDB_MODE=offline" in line
+    (line,) = process.text.splitlines()  # no warning of wandb's beside it
+    assert line.startswith("error: ") and "WANDB_MODE=offline" in line
     assert not (tmp_path / "out").exists()
 
 

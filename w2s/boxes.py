@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from w2s.loading import loader_options, to_device
 from w2s.options import InputError
-from w2s.order import EpochBatches, own_randomness, seed_augmentation
+from w2s.order import EpochBatches, own_randomness, seed_augmentation, spread
 
 ASPECT_BINS = 2.0 ** np.linspace(-1, 1, 7)  # of width over height, as in torchvision's reference
 
@@ -160,13 +160,13 @@ def _lists(items: list[tuple[torch.Tensor, dict]]) -> tuple[list[torch.Tensor], 
 
 
 def check_images(source: "w2s.coco.Annotated", rows: list[int], limit: int) -> None:  # noqa: F821
-    """Decode up to `limit` images (all if negative), so that a corrupt one ends the run before it begins.
+    """Decode up to `limit` images (all if negative), evenly spread: a corrupt one ends the run before it begins.
 
     Raises:
         InputError: an image is corrupt or not of the size its annotation gives; it is named.
     """
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda row: read_checked(source, row), rows if limit < 0 else rows[:limit]):
+        for _ in pool.map(lambda position: read_checked(source, rows[position]), spread(len(rows), limit)):
             pass
 
 
@@ -181,7 +181,8 @@ def read_checked(source: "w2s.coco.Annotated", row: int) -> Image.Image:  # noqa
     try:
         image = source.read(row)
     except Exception as error:  # Pillow raises many kinds
-        raise InputError(f"corrupt image {name}: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"corrupt image {name} of {source.where}: {' '.join(str(error).split())[:200]}") from None
     if image.size != (entry["width"], entry["height"]):
-        raise InputError(f"image {name} is {image.size}, its annotation says {(entry['width'], entry['height'])}")
+        told = entry["width"], entry["height"]
+        raise InputError(f"image {name} is {image.size}, its annotation says {told} in {source.where}")
     return image

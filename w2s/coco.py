@@ -29,6 +29,7 @@ class Annotated:
         labels: (n,) indices into `names`.
         names, category_ids: of the classes, in order of the ids (COCO's 80 ids lie in 1..90).
         read: row -> RGB image.
+        where: names the source in errors.
     """
 
     images: list[dict]
@@ -38,6 +39,7 @@ class Annotated:
     names: list[str]
     category_ids: list[int]
     read: Callable[[int], Image.Image]
+    where: str
 
     def truth(self, rows: Iterable[int]) -> dict:
         """Ground truth of some images as COCO's tools take it.
@@ -196,7 +198,7 @@ def annotate(truth: dict, where: str, fix: bool, read: Callable[[int], Image.Ima
     for kind, keys in zip(("image", "annotation", "category"), ids, strict=True):
         if len(set(keys)) != len(keys):
             raise InputError(f"{where}: {kind} id {Counter(keys).most_common(1)[0][0]!r} is there twice")
-    result = Annotated(images, [[] for _ in images], [], [], names, ids[2], read)
+    result = Annotated(images, [[] for _ in images], [], [], names, ids[2], read, where)
     kept, bad = [[] for _ in images], []
     for annotation in truth["annotations"]:
         row, label = rows.get(annotation.get("image_id")), labels.get(annotation.get("category_id"))

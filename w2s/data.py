@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from w2s.cache import cache_split, resolve_cache
 from w2s.loading import ImageSplit, eval_transform, read_image, train_transform
 from w2s.options import InputError
+from w2s.order import spread
 
 STREAMS = ("wds", "hfids", "tfds")
 # what fits small grey digits; an option given by the user or a recipe wins
@@ -100,6 +101,7 @@ def open_dataset(
         raise InputError(f"cannot open split '{split}' of dataset {where}: {type(error).__name__}: {reason}") from None
     if kind in STREAMS:
         return dataset if training else _whole_split(dataset, args, split)
+    dataset.split_name = split  # for errors
     if len(dataset) == 0:
         raise InputError(f"split '{split}' of dataset {args.dataset or args.data_dir} is empty")
     reader = getattr(dataset, "reader", None)
@@ -220,7 +222,7 @@ def split_training(targets: np.ndarray, num_classes: int, fraction: float, sampl
 
 
 def check_images(source: Dataset, indices: np.ndarray, mode: str, limit: int) -> dict[int, tuple[np.ndarray, int]]:
-    """Decode up to `limit` images (all if negative), so that a corrupt one ends the run before it begins.
+    """Decode up to `limit` images (all if negative), evenly spread: a corrupt one ends the run before it begins.
 
     Returns:
         Those of at most 64x64 pixels, by index: so small, they are kept rather than read again every epoch.
@@ -229,7 +231,7 @@ def check_images(source: Dataset, indices: np.ndarray, mode: str, limit: int) ->
         InputError: an image is corrupt; it is named.
     """
     decoded = {}
-    chosen = indices if limit < 0 else indices[:limit]
+    chosen = indices[spread(len(indices), limit)]
     with ThreadPoolExecutor() as pool:
         for index, (image, target) in zip(
             chosen, pool.map(lambda i: read_image(source, int(i), mode), chosen), strict=True
@@ -257,12 +259,21 @@ def load_data(args, data_config: dict, num_classes: int | None, accelerator) -> 
     num_classes = num_classes or (len(names) if names else None)
     targets = targets_of(source, args.train_split, num_classes)
     num_classes = num_classes or int(targets.max()) + 1
+    _refuse_empty(targets, args.train_split, num_classes, names)
     report = open_dataset(args, args.val_split)
-    if names and (own := class_names(report)) != names:
+    own = class_names(report)
+    if names and own != names:
         if unknown := sorted(set(own) - set(names)):
+            folder = os.path.join(getattr(getattr(source, "reader", None), "root", None) or "", unknown[0])
+            if os.path.isdir(folder):  # timm's readers know no class without an image
+                raise InputError(f"class '{unknown[0]}' of split '{args.train_split}' has no image")
             raise InputError(f"class '{unknown[0]}' of split '{args.val_split}' is not in '{args.train_split}'")
+        if missing := sorted(set(names) - set(own)) if own else []:
+            raise InputError(
+                f"class '{missing[0]}' of split '{args.val_split}' has no image ({len(missing)} such classes)"
+            )
         report = open_dataset(args, args.val_split, class_map=names)
-    targets_of(report, args.val_split, num_classes)
+    _refuse_empty(targets_of(report, args.val_split, num_classes), args.val_split, num_classes, own)
     if args.train_split == args.val_split:
         raise InputError(f"training and reporting on the same split '{args.val_split}'; see --train-split, --val-split")
     try:
@@ -292,6 +303,12 @@ def load_data(args, data_config: dict, num_classes: int | None, accelerator) -> 
         samples=len(train_rows),
         facts={"train": len(train_rows), "switch": len(switch_rows), "report": len(report_rows)},
     )
+
+
+def _refuse_empty(targets: np.ndarray, split: str, num_classes: int, names: dict) -> None:
+    if empty := np.flatnonzero(np.bincount(targets, minlength=num_classes) == 0).tolist():
+        name = next((f"'{name}'" for name, index in names.items() if index == empty[0]), empty[0])
+        raise InputError(f"class {name} of split '{split}' has no image ({len(empty)} such classes)")
 
 
 def class_names(dataset: Dataset) -> dict:

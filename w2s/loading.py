@@ -82,10 +82,12 @@ def read_image(source: Dataset, index: int, mode: str) -> tuple[Image.Image, int
         return image.convert(mode), int(target)
     except Exception as error:  # Pillow and the readers raise many kinds
         try:
-            name = f" {reader.filename(index)}" if reader is not None and reader.filename(index) else ""
+            path = reader.filename(index, absolute=True) if reader is not None else None
         except Exception:
-            name = ""
-        raise InputError(f"corrupt image{name} (row {index}): {' '.join(str(error).split())[:200]}") from None
+            path = None
+        name, split = f" {path}" if path else "", getattr(source, "split_name", None)
+        where = f"row {index} of split '{split}'" if split else f"row {index}"
+        raise InputError(f"corrupt image{name} ({where}): {' '.join(str(error).split())[:200]}") from None
 
 
 def train_transform(args, data_config: dict) -> Callable:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import difflib
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,19 +110,24 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     if not path.is_file():
         raise InputError(f"no weights file {path}")
+    if path.stat().st_size == 0:
+        raise InputError(f"cannot read weights {path}: the file is empty")
     try:
         return load_state_dict(str(path), weights_only=True)
     except Exception as error:  # truncated zip, bad header, pickled code: torch and safetensors raise many kinds
-        raise InputError(f"cannot read weights {path}: {type(error).__name__}: {_one_line(error)}") from None
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        if any(isinstance(e, pickle.UnpicklingError) for e in (error, error.__cause__)):
+            reason = "it holds more than tensors, or is no weights file; save the state_dict alone, as .safetensors"
+        raise InputError(f"cannot read weights {path}: {reason}") from None
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a weights file into a model, whole and exact.
+def load_weights(model: nn.Module, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Load a weights file into a model, whole and exact; `state` is what it holds, if it was read already.
 
     Raises:
         InputError: see `read_weights`; weights of another architecture.
     """
-    state = read_weights(path)
+    state = read_weights(path) if state is None else state
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (RuntimeError, AttributeError) as error:

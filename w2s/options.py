@@ -162,7 +162,7 @@ def add_data_options(parser: Parser, kinds: str, folder: str) -> argparse._Argum
     group.add_argument("--target-key", metavar="KEY", help="column of the label")
     group.add_argument("--train-samples", type=positive_int, metavar="N", help="a seeded, class-balanced subset")
     group.add_argument(
-        "--check-images", type=int, default=20000, metavar="N", help="decode N images a split first (-1: all)"
+        "--check-images", type=int, default=20000, metavar="N", help="decode N a split first, spread evenly (-1: all)"
     )
     group.add_argument(
         "--cache",

@@ -45,6 +45,7 @@ class Unlabelled(Dataset):
     def __init__(self, source: Dataset) -> None:
         self.images, self.reader = getattr(source, "reader", source), self
         self.dataset = getattr(self.images, "dataset", None)  # of hfds readers
+        self.split_name = getattr(source, "split_name", None)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,9 +53,9 @@ class Unlabelled(Dataset):
     def __getitem__(self, index: int) -> tuple[object, int]:
         return self.images[index][0], 0
 
-    def filename(self, index: int) -> str:
+    def filename(self, index: int, absolute: bool = False) -> str:
         """Of an image, as timm's readers have it."""
-        return self.images.filename(index)
+        return self.images.filename(index, absolute=absolute)
 
 
 @dataclass

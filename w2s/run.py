@@ -1,5 +1,7 @@
 """What every script does the same way: processes, seeds, folders, logs, checkpoints, preemption, exit codes."""
 
+import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -12,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import accelerate
 import numpy as np
@@ -41,11 +43,13 @@ def call_main(main: Callable[[], None]) -> None:
     """Run a script's main and exit: 0 done, 2 bad input, 3 non-finite loss, 75 preempted and saved."""
     codes = {InputError: 2, NonFiniteLoss: 3, Preempted: 75, Finished: 0}
     rank = int(os.environ.get("RANK", 0))
+    Run.opened = None
     try:
         main()
         code = 0
     except tuple(codes) as error:
         code = codes[type(error)]
+        _leave_failed(error)
         # an error of a loader's worker comes back with the worker's traceback in front
         message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
         sys.stdout.flush()
@@ -59,8 +63,9 @@ def call_main(main: Callable[[], None]) -> None:
             print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
     except SystemExit as error:  # --help
         code = error.code or 0
-    except BaseException:
+    except BaseException as error:
         sys.excepthook(*sys.exc_info())
+        _leave_failed(error)
         code = 1
     for worker in multiprocessing.active_children():
         worker.kill()  # loader workers ignore the gentle signal of an exit and would be waited for without end
@@ -69,6 +74,24 @@ def call_main(main: Callable[[], None]) -> None:
             torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     sys.exit(code)
+
+
+def _leave_failed(error: BaseException) -> None:
+    """Have summary.json say that the open run has failed: to launch it again would end the same way.
+
+    It goes on saying "running" after a kill and a second Ctrl-C, and where one of several processes ends for another
+    reason than bad input: perhaps because another one was killed.
+    """
+    run, Run.opened = Run.opened, None
+    if run is None or not run.keeps:
+        return
+    if isinstance(error, InputError) or (isinstance(error, Exception) and run.launch["processes"] == 1):
+        path = run.folder / "summary.json"  # not through the record: perhaps this is not the process that writes it
+        with contextlib.suppress(OSError, ValueError):
+            summary = json.loads(path.read_text()) | {"status": "failed"}
+            with replacing(path, suffix=f".{os.environ.get('RANK', 0)}.partial") as file:
+                json.dump(summary, file, indent=2)
+                file.write("\n")
 
 
 class Run:
@@ -84,6 +107,8 @@ class Run:
         InputError: the folder cannot be written or holds something else, nothing to resume, a tracker missing.
         Finished: `--resume` of a complete run.
     """
+
+    opened: ClassVar["Run | None"] = None  # and not yet ended: whose status call_main answers for
 
     def __init__(self, args, task: str) -> None:
         self.args, self.task = args, task
@@ -157,6 +182,7 @@ class Run:
         self.record = record(self.folder if writes else None, facts, accelerator.log if accelerator.trackers else None)
         self.record.rewrite(self.state["rows"] if self.state else None)
         self.record.write_summary()
+        Run.opened = self
 
     def log(self, message: str) -> None:
         """A line to the terminal and log.txt, from the main process only."""
@@ -252,6 +278,7 @@ class Run:
     def finish(self, status: str) -> None:
         """Write the final status, close trackers and log."""
         self.record.write_summary(status=status)
+        Run.opened = None
         facts = {"status": status, "metric": self.record.metric, "mode": self.record.mode}
         close_trackers(self.accelerator, self.record.tracker_summary() | facts)
         if self._log_file:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2s.models import WEIGHT_FILES, create_model, find_model, load_folder, load_weights
+from w2s.models import WEIGHT_FILES, create_model, find_model, load_folder, load_weights, read_weights
 from w2s.options import InputError
 
 
@@ -38,7 +38,9 @@ def load_teacher(
             raise InputError(f"--teacher {spec} is a weights file: name its architecture with --teacher-model")
         model = create_model(model_name, num_classes, in_chans, img_size, model_kwargs=model_kwargs)
         if trained:
-            load_weights(model, path)
+            state = read_weights(path)
+            _check_ends(model, state, num_classes, in_chans, spec)
+            load_weights(model, path, state)
         if "pretrained_cfg_overlay" not in model_kwargs:  # a bare file says nothing of its input: the student's size
             model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (in_chans, img_size, img_size)}
     elif model_name or model_kwargs:
@@ -50,12 +52,35 @@ def load_teacher(
         model, path = _of_timm(spec, trained), spec
     else:
         raise InputError(f"--teacher {spec}: no such run folder or file, and no timm model of that name")
-    if model.num_classes != num_classes:
-        raise InputError(f"the teacher has {model.num_classes} classes, the data {num_classes}: {spec} does not fit")
     channels = model.pretrained_cfg["input_size"][0] if not hasattr(model, "in_chans") else model.in_chans
+    _check_fit(model.num_classes, num_classes, channels, in_chans, spec)
+    return model, str(path)
+
+
+def _check_fit(classes: int, num_classes: int, channels: int, in_chans: int, spec: str) -> None:
+    if classes != num_classes:
+        raise InputError(f"the teacher has {classes} classes, the data {num_classes}: {spec} does not fit")
     if channels != in_chans:
         raise InputError(f"the teacher takes {channels} channels, the student {in_chans}: {spec} does not fit")
-    return model, str(path)
+
+
+def _check_ends(model: nn.Module, state: dict[str, Tensor], num_classes: int, in_chans: int, spec: str) -> None:
+    """Classes and channels of a weights file, as far as the shapes of its ends show them."""
+
+    def sizes(layer: object, dimension: int) -> tuple[int, int] | None:
+        """Of the file's tensor and the model's."""
+        layer = layer[0] if isinstance(layer, tuple | list) and layer else layer
+        both = [tensors.get(f"{layer}.weight") if hasattr(tensors, "get") else None for tensors in (state, own)]
+        if all(torch.is_tensor(tensor) and tensor.ndim > dimension for tensor in both):
+            return both[0].shape[dimension], both[1].shape[dimension]
+        return None
+
+    own, config = model.state_dict(), model.pretrained_cfg
+    classes, _ = sizes(config.get("classifier"), 0) or (num_classes, num_classes)
+    theirs, ours = sizes(config.get("first_conv"), 1) or (1, 1)
+    # a stem may fold patches into channels: then both are the same multiple of the image's
+    channels = theirs * in_chans // ours if theirs * in_chans % ours == 0 else in_chans
+    _check_fit(classes, num_classes, channels, in_chans, spec)
 
 
 def _of_timm(name: str, trained: bool) -> nn.Module:

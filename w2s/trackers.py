@@ -1,8 +1,10 @@
 """Trackers (W&B, TensorBoard) beside metrics.csv: checked before a run begins, started, and closed with its summary."""
 
 import importlib.util
+import netrc
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import accelerate
 import numpy as np
@@ -22,19 +24,35 @@ def check_trackers(choice: str | None) -> list[str] | None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"--log-with {name}: not installed; pip install {name}")
-    if "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-        import wandb
-
-        if not (os.environ.get("WANDB_API_KEY") or _wandb_key(wandb)):
-            raise InputError("--log-with wandb: no API key; run `wandb login`, or go offline with WANDB_MODE=offline")
+    online = "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun")
+    if online and not _wandb_logged_in():
+        raise InputError("--log-with wandb: no API key; run `wandb login`, or go offline with WANDB_MODE=offline")
     return names or None
 
 
-def _wandb_key(wandb) -> str | None:
+def _wandb_logged_in() -> bool:
+    """Whether W&B will find credentials, in the environment, its settings or a netrc file, without asking for them."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
     try:
-        return wandb.api.api_key
-    except Exception:  # no settings file, no netrc: the same as no key
-        return None
+        from wandb.sdk import wandb_setup
+
+        settings = wandb_setup.singleton().settings  # its files included; starts no service
+        key, address = settings.api_key, settings.base_url
+    except (ImportError, AttributeError):  # another W&B than we know: it says itself what it lacks
+        return True
+    except Exception:  # settings that it does not take
+        key, address = None, os.environ.get("WANDB_BASE_URL", "")
+    places = [os.environ.get("NETRC")] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    path = next(filter(os.path.exists, map(os.path.expanduser, places)), None)
+    try:
+        known = netrc.netrc(path) if path else None
+    except (OSError, ValueError, netrc.NetrcParseError):
+        known = None
+    server = urlsplit(address)
+    # its own cloud has more than one address, and the key of one is taken for the other
+    hosts = (server.netloc, server.hostname or "", "api.wandb.ai")
+    return bool(key or (known and any((known.authenticators(host) or ("",) * 3)[2] for host in hosts)))
 
 
 def default_group(args, task: str) -> str:

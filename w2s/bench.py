@@ -148,11 +148,13 @@ def measure(bench: Bench, rounds: int, count: int) -> dict:
     plain = bench.job(taught=False)
     memory = {"plain": bench.peak(plain, kept)}
     del plain
+    bench.run.accelerator.free_memory()  # which holds on to all it has prepared
     taught = bench.job(taught=True)
     memory["teacher"] = bench.peak(taught, kept)
     switch_off(taught)
     memory["after"] = bench.peak(taught, kept)
     del taught
+    bench.run.accelerator.free_memory()
     plain, taught = bench.job(taught=False), bench.job(taught=True)
     sides = [bench.updates(job, kept) for job in (plain, taught)]
     with_teacher = bench.alternate(sides, rounds, count)

@@ -121,7 +121,8 @@ def measure_cls(bench: Bench) -> dict:
     sides += [timm_loop(bench, sources[1], taught) for taught in (False, True)]
     times = bench.alternate(sides, args.rounds, args.round_updates)
     loaders = [lambda n, s=source: bench.seconds(lambda: [next(s) for _ in range(n)]) / n for source in sources]
-    alone = bench.alternate(loaders, args.rounds, args.round_updates)
+    count = 4 * args.round_updates  # more: workers have some batches ready when their turn comes
+    alone = bench.alternate(loaders, args.rounds, count)
     return {
         "images_per_second": {n: bench.images / statistics.median(t) for n, t in zip(names, times, strict=True)},
         "reference_ratio": ratio(times[0], times[2]),

@@ -32,6 +32,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from timm.data import create_dataset, create_loader
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import AverageMeter
 from tqdm import tqdm
 
@@ -59,12 +60,12 @@ class Meters:
         self.step += 1
 
 
-def optimizer_for(bench: Bench, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's, with the kernels that torch takes by itself."""
-    optimizer, _ = bench.task.optimizer(model, bench.images, bench.updates_per_epoch)
+def optimizer_for(bench: Bench, model: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
+    """The recipe's, with the kernels that torch takes by itself, and its schedule."""
+    optimizer, schedule = bench.task.optimizer(model, bench.images, bench.updates_per_epoch)
     for group in optimizer.param_groups:
         group["fused"] = None
-    return optimizer
+    return optimizer, schedule
 
 
 def timm_loader(bench: Bench) -> Iterator:
@@ -88,9 +89,7 @@ def timm_loop(bench: Bench, batches: Iterator, taught: bool) -> Callable[[int], 
     run, criterion, meter = bench.run, bench.task.criterion, AverageMeter()
     run.seed()
     student = bench.task.student().to(run.device)
-    optimizer, schedule = bench.task.optimizer(student, bench.images, bench.updates_per_epoch)
-    for group in optimizer.param_groups:
-        group["fused"] = None
+    optimizer, schedule = optimizer_for(bench, student)
     if taught:
         teacher = bench.task.teacher(run, student).model.to(memory_format=torch.contiguous_format)
         task = timm.task.LogitDistillationTask(student, teacher, criterion, temperature=4.0, verbose=False)
@@ -145,7 +144,7 @@ def torchvision_loop(bench: Bench) -> Callable[[int, Iterator], None]:
     model.__class__ = type(model).__bases__[-1]  # without what is ours: forwards give losses alone
     for module in model.modules():
         module._forward_hooks.clear()
-    optimizer = optimizer_for(bench, model)
+    optimizer, _ = optimizer_for(bench, model)
     schedule = torch.optim.lr_scheduler.LinearLR(
         optimizer, 1 / 1000, total_iters=min(1000, bench.updates_per_epoch - 1)
     )
@@ -179,7 +178,7 @@ def diffusers_loop(bench: Bench) -> Callable[[int, Iterator], None]:
     args, accelerator, process = bench.args, bench.run.accelerator, bench.task.process
     bench.run.seed()
     model = diffusers_unet(bench.task.student())
-    optimizer = optimizer_for(bench, model)
+    optimizer, _ = optimizer_for(bench, model)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=args.updates)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     ema = EMAModel(

@@ -199,6 +199,14 @@ def test_args_yaml_as_a_recipe_gives_the_same_options(tmp_path, words, resolved)
     assert plain(vars(again)) == plain(vars(args))
 
 
+def test_true_and_false_mean_on_the_command_line_what_they_mean_in_a_recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model-kwargs: {class_token: false, qk_norm: true, global_pool: avg}")
+    words = ("--model-kwargs", "class_token=false", "qk_norm=true", "global_pool=avg")
+    expected = {"class_token": False, "qk_norm": True, "global_pool": "avg"}
+    assert parse(*words).model_kwargs == parse("-c", str(path)).model_kwargs == expected
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 

@@ -112,13 +112,16 @@ class Switch(argparse.BooleanOptionalAction):
 
 
 class KeyValues(ParseKwargs):
-    """timm's NAME=VALUE words, with its errors as argparse knows them."""
+    """timm's NAME=VALUE words, with its errors as argparse knows them; true and false mean what they do in a recipe."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         try:
             super().__call__(parser, namespace, values, option_string)
         except (ValueError, SyntaxError):
             raise argparse.ArgumentError(self, f"takes NAME=VALUE words, got {' '.join(values)}") from None
+        pairs = getattr(namespace, self.dest)
+        truths = {"true": True, "false": False}  # to timm they are words, and a word counts as true
+        pairs.update({k: truths[v] for k, v in pairs.items() if isinstance(v, str) and v in truths})
 
 
 def add_switch(group: argparse._ArgumentGroup, name: str, help: str, default: bool = False) -> None:

@@ -26,14 +26,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from w2s.controls import Control, make_control, untrain
-from w2s.crossing import RunRecord
-from w2s.data import DIGITS_DEFAULTS, ImageData, load_data
-from w2s.loading import eval_loader, train_batches
-from w2s.losses import kl_softmax
-from w2s.models import create_model, export, find_model, load_weights, pretrained_cfg
-from w2s.optim import build_optimizer, scaled_lr
-from w2s.options import (
-    InputError,
+from w2s.distillation import score_teacher
+from w2s.engine.errors import InputError
+from w2s.engine.optim import build_optimizer, scaled_lr
+from w2s.engine.options import (
     KeyValues,
     Parser,
     add_data_options,
@@ -48,15 +44,22 @@ from w2s.options import (
     positive_int,
     share,
 )
-from w2s.run import Run, call_main
-from w2s.teacher import ImageTeacher, Teacher, load_teacher, score_teacher
-from w2s.training import Job, count_flops, grid_point, wide
+from w2s.engine.run import Run, call_main
+from w2s.engine.training import Job, count_flops, grid_point, wide
+from w2s.images.data import ImageData, load_data
+from w2s.images.digits import DIGITS_DEFAULTS
+from w2s.images.loading import eval_loader, train_batches
+from w2s.images.models import create_model, export, find_model, load_weights, pretrained_cfg
+from w2s.images.teacher import ImageTeacher, load_teacher
+from w2s.losses import kl_softmax
+from w2s.record import RunRecord
+from w2s.teacher import Teacher
 
 METRICS = ("top1", "top5", "eval_loss")
 
 
 def build_parser() -> Parser:
-    """All options; shared groups come from w2s.options."""
+    """All options; shared groups come from w2s.engine.options."""
     parser = Parser(__doc__)
     add_run_options(parser)
 

@@ -28,18 +28,26 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from w2s.boxes import DetectionSplit, eval_loader, train_batches
-from w2s.coco import DetectionData, load_detection
-from w2s.coco_eval import NUMBERS, draw_predictions, gather, record, shared_numbers, write_detections
 from w2s.controls import Control, make_control, untrain
-from w2s.crossing import RunRecord
-from w2s.detection import DETECTORS, TERMS, DetectorConfig, build_detector, export, load_detector, read_config
-from w2s.detection_kd import DetectorTeacher, distillation_terms, load_detector_teacher
-from w2s.digits_det import keep_digits
-from w2s.models import find_model, load_weights
-from w2s.optim import build_optimizer, scaled_lr
-from w2s.options import (
-    InputError,
+from w2s.detection.data import DetectionData, load_detection
+from w2s.detection.digits import keep_digits
+from w2s.detection.loading import DetectionSplit, eval_loader, train_batches
+from w2s.detection.metric import NUMBERS, draw_predictions, gather, record, shared_numbers, write_detections
+from w2s.detection.models import (
+    DETECTORS,
+    TERMS,
+    DetectorConfig,
+    build_detector,
+    export,
+    load_detector,
+    read_config,
+)
+from w2s.detection.teacher import DetectorTeacher, load_detector_teacher
+from w2s.detection.terms import distillation_terms
+from w2s.distillation import score_teacher
+from w2s.engine.errors import InputError
+from w2s.engine.optim import build_optimizer, scaled_lr
+from w2s.engine.options import (
     KeyValues,
     Parser,
     add_kd_options,
@@ -53,17 +61,18 @@ from w2s.options import (
     positive_int,
     share,
 )
-from w2s.run import Run, call_main
-from w2s.teacher import score_teacher
-from w2s.trackers import log_picture
-from w2s.training import Job, count_flops, grid_point
+from w2s.engine.run import Run, call_main
+from w2s.engine.trackers import log_picture
+from w2s.engine.training import Job, count_flops, grid_point
+from w2s.images.models import find_model, load_weights
+from w2s.record import RunRecord
 
 METRICS = NUMBERS[:6]
 LR = {"retinanet": 0.01, "fasterrcnn": 0.02}  # of torchvision's reference, for a global batch of 16
 
 
 def build_parser() -> Parser:
-    """All options; shared groups come from w2s.options."""
+    """All options; shared groups come from w2s.engine.options."""
     parser = Parser(__doc__)
     add_run_options(parser)
 

@@ -24,11 +24,10 @@ from diffusers import DDPMScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from w2s.checkpoint import check_writable
 from w2s.controls import Control, make_control, untrain
-from w2s.crossing import RunRecord
-from w2s.diffusion import build_denoiser, check_same, export, load_denoiser, rebuild
-from w2s.frechet import (
+from w2s.diffusion.data import PixelData, Reference, load_pixels, save_grid
+from w2s.diffusion.denoisers import build_denoiser, check_same, export, load_denoiser, rebuild
+from w2s.diffusion.frechet import (
     Statistics,
     cached_statistics,
     frechet_distance,
@@ -37,11 +36,21 @@ from w2s.frechet import (
     measure,
     metric_labels,
 )
-from w2s.loading import train_batches
-from w2s.losses import mse_epsilon
-from w2s.optim import build_optimizer, scaled_lr
-from w2s.options import (
-    InputError,
+from w2s.diffusion.process import (
+    BETAS,
+    PREDICTIONS,
+    SAMPLERS,
+    as_epsilon,
+    denoising_loss,
+    draw_noise,
+    generate,
+    noise_schedule,
+)
+from w2s.distillation import score_teacher
+from w2s.engine.errors import InputError
+from w2s.engine.files import check_writable
+from w2s.engine.optim import build_optimizer, scaled_lr
+from w2s.engine.options import (
     KeyValues,
     Parser,
     add_data_options,
@@ -58,28 +67,20 @@ from w2s.options import (
     probability,
     share,
 )
-from w2s.order import mix_seed
-from w2s.pixels import PixelData, Reference, load_pixels, save_grid
-from w2s.run import Run, call_main
-from w2s.sampling import (
-    BETAS,
-    PREDICTIONS,
-    SAMPLERS,
-    as_epsilon,
-    denoising_loss,
-    draw_noise,
-    generate,
-    noise_schedule,
-)
-from w2s.teacher import Teacher, score_teacher
-from w2s.trackers import log_picture
-from w2s.training import Job, count_flops, wide
+from w2s.engine.randomness import mix_seed
+from w2s.engine.run import Run, call_main
+from w2s.engine.trackers import log_picture
+from w2s.engine.training import Job, count_flops, wide
+from w2s.images.loading import train_batches
+from w2s.losses import mse_epsilon
+from w2s.record import RunRecord
+from w2s.teacher import Teacher
 
 DIGITS_DEFAULTS = {"img_size": 8, "in_chans": 1, "hflip": 0.0}
 
 
 def build_parser() -> Parser:
-    """All options; shared groups come from w2s.options."""
+    """All options; shared groups come from w2s.engine.options."""
     parser = Parser(__doc__)
     add_run_options(parser)
 

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import timm.task
+from bench import Bench, ratio, set_up
+from bench_tasks import Classification, Detection, Diffusion
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -36,12 +38,10 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import AverageMeter
 from tqdm import tqdm
 
-from w2s.bench import Bench, ratio, set_up
-from w2s.bench_tasks import Classification, Detection, Diffusion
-from w2s.diffusion import UNet
-from w2s.options import InputError
-from w2s.run import call_main
-from w2s.sampling import generate
+from w2s.diffusion.denoisers import UNet
+from w2s.diffusion.process import generate
+from w2s.engine.errors import InputError
+from w2s.engine.run import call_main
 
 
 class Meters:

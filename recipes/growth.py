@@ -1,6 +1,6 @@
-"""How an update's cost grows with the batch, the images and the processes: `w2s.bench`, one changed at a time.
+"""How an update's cost grows with the batch, the images and the processes: `bench.py`, one changed at a time.
 
-    python recipes/growth.py -c recipes/cifar10_cpu_w2s.yaml --teacher RUN [--json FILE] [any option of w2s.bench]
+    python recipes/growth.py -c recipes/cifar10_cpu_w2s.yaml --teacher RUN [--json FILE] [any option of bench.py]
 
 The first value of each is the one the others are changed at. Prints a Markdown table; memory is that of one process.
 """
@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from w2s.run import default_precision
+from w2s.engine.run import default_precision
 
 
 def bench(options: list[str], batch_size: int, img_size: int, processes: int) -> dict:
@@ -36,10 +36,16 @@ def bench(options: list[str], batch_size: int, img_size: int, processes: int) ->
         launch.append("--multi_gpu")
     with tempfile.TemporaryDirectory() as folder:
         size = ["--batch-size", batch_size, "--img-size", img_size, "--json", f"{folder}/figures.json"]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "w2s.bench", *options, *size]
-        done = subprocess.run(
-            list(map(str, command)), env={**os.environ, "PYTHONPATH": sys.path[0]}, stdout=subprocess.DEVNULL
-        )
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *launch,
+            Path(__file__).with_name("bench.py"),
+            *options,
+            *size,
+        ]
+        done = subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL)
         if done.returncode:
             sys.exit(f"error: the benchmark of batch {batch_size}, {img_size} px, {processes} process(es) failed")
         return json.loads(Path(folder, "figures.json").read_text())

@@ -6,17 +6,17 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import DIGITS, RESNET, call_script, read_rows, read_summary, watching_forwards
+from helpers import DIGITS, RESNET, call_script, read_rows, read_summary, watching_forwards
 from torch import nn
 
 import train_cls
 import train_det
 import train_diffusion
 from w2s.controls import Control, make_control, untrain
-from w2s.detection import DetectorConfig, build_detector
+from w2s.detection.models import DetectorConfig, build_detector
+from w2s.engine.errors import InputError
+from w2s.images.models import create_model
 from w2s.losses import kl_softmax
-from w2s.models import create_model
-from w2s.options import InputError
 from w2s.teacher import Teacher
 
 PLACE = (7, 0)

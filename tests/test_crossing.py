@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from w2s import crossing
-from w2s.crossing import Clock, RunRecord, best_value, crossings, reaches, read_metrics, replacing, target_key
+from w2s.crossing import Clock, best_value, crossings, reaches, target_key
+from w2s.record import RunRecord, read_metrics, replacing
 
 NAN, INF = math.nan, math.inf
 MISSING = object()

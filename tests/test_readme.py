@@ -3,7 +3,7 @@
 import re
 
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from torch import nn
 
 

@@ -11,13 +11,13 @@ import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused
+from helpers import refused
 from safetensors.torch import save_file
 from torch import nn
 
 from train_cls import build_parser, resolve, set_up_teacher
-from w2s.models import create_model, export
-from w2s.teacher import ImageTeacher, load_teacher
+from w2s.images.models import create_model, export
+from w2s.images.teacher import ImageTeacher, load_teacher
 
 TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}  # of a resnet10t
 TINY_VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -25,7 +25,7 @@ import timm.task
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import (
+from helpers import (
     DIGITS,
     FOLDER,
     RESNET,
@@ -47,9 +47,11 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import train_cls
-from w2s.data import Digits, load_data
-from w2s.models import create_model, export
-from w2s.run import Finished, NonFiniteLoss, Preempted, call_main
+from w2s.engine.errors import NonFiniteLoss, Preempted
+from w2s.engine.run import Finished, call_main
+from w2s.images.data import load_data
+from w2s.images.digits import Digits
+from w2s.images.models import create_model, export
 
 HEADER = (
     "epoch,update,samples,train_seconds,total_seconds,teacher_seconds,pflops,lr,kd_weight,kd_temperature,kd_active,"

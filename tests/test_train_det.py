@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import (
+from helpers import (
+    COCO,
     DETECT,
     call_script,
     read_rows,
@@ -24,16 +25,14 @@ from conftest import (
 )
 from PIL import Image
 from safetensors.torch import load_file
-from test_coco import COCO
 
 import train_det
-from w2s.coco_eval import NUMBERS
-from w2s.detection import RetinaNet, export, load_detector
-from w2s.optim import build_optimizer, scaled_lr
-from w2s.options import InputError
-from w2s.run import NonFiniteLoss, Preempted
+from w2s.detection.metric import NUMBERS
+from w2s.detection.models import RetinaNet, export, load_detector
+from w2s.engine.errors import InputError, NonFiniteLoss, Preempted
+from w2s.engine.optim import build_optimizer, scaled_lr
+from w2s.engine.training import Job
 from w2s.teacher import Teacher
-from w2s.training import Job
 
 LOSSES = ("classification", "bbox_regression")
 FASTER = "--detector fasterrcnn --detector-kwargs box_batch_size_per_image=16 rpn_post_nms_top_n_train=50 --epochs 1"
@@ -404,7 +403,7 @@ def test_bad_input_is_refused_before_any_work(words, message, digits_det, teache
 
 def test_the_built_in_digits_stay_where_a_run_begins_and_not_where_it_is_refused(tmp_path, monkeypatch):
     small = {"train": 12, "val": 2, "size": 64, "digits": 2, "seed": 0}
-    monkeypatch.setattr("w2s.digits_det.PARAMETERS", small)
+    monkeypatch.setattr("w2s.detection.digits.PARAMETERS", small)
     parts = (train_det.main, DETECT, "--epochs 1 --data digits_det --output", tmp_path / "out")
     with refused("12 training images are fewer than one update of 64", "--batch-size"):
         call_script(*parts, "--batch-size 64 --switch-split 0")

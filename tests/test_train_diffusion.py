@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import call_script, read_rows, read_summary, start_script, timeless, watching_forwards
 from diffusers import DDIMPipeline, DDPMPipeline
+from helpers import call_script, read_rows, read_summary, start_script, timeless, watching_forwards
 from PIL import Image
 
 import train_diffusion
-from w2s import compare
-from w2s.diffusion import UNet, ViT, load_denoiser
-from w2s.optim import build_optimizer
-from w2s.options import InputError
-from w2s.run import NonFiniteLoss, Preempted
+from w2s.compare import __main__ as compare
+from w2s.diffusion.denoisers import UNet, ViT, load_denoiser
+from w2s.engine.errors import InputError, NonFiniteLoss, Preempted
+from w2s.engine.optim import build_optimizer
 
 # 4 updates an epoch
 SMALL = (

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2s.options import InputError
-from w2s.order import mix_seed, own_randomness
+from w2s.engine.errors import InputError
+from w2s.engine.randomness import mix_seed, own_randomness
 from w2s.teacher import Teacher
 
 UNTRAINED = 0x756E7472  # tells the seed of a random teacher from the run's others
@@ -38,7 +38,7 @@ class Control(NamedTuple):
         """`shuffled`: (B, ...) in another order, no row in its own place; any other control: as they are."""
         return rows[self._order(len(rows), place).to(rows.device)] if self.kind == "shuffled" else rows
 
-    def shuffle_images(self, seen: "w2s.detection.Seen", place: tuple[int, int]) -> "w2s.detection.Seen":  # noqa: F821
+    def shuffle_images(self, seen: "w2s.detection.models.Seen", place: tuple[int, int]) -> "w2s.detection.models.Seen":  # noqa: F821
         """`shuffled`: a detector's batch with its images exchanged, whatever else was seen of it left in place."""
         if self.kind != "shuffled":
             return seen

@@ -1,0 +1,110 @@
+"""The report in words and as a page: the verdict first, nothing fetched, nothing from the runs taken for markup."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from compare.folders import BASELINE, KD_OFF, TEACHER, TREATED, command, spoil_summary, write_runs
+
+from w2s.compare.__main__ import main
+
+NASTY = "</script><img src=x onerror=alert(1)> {{DATA}} | a"
+
+
+class Page(HTMLParser):
+    """The tags of a page, with their attributes, and the text of the data that its script draws from."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.texts, self.inside = [], {}, ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        self.inside = attributes.get("id") or attributes.get("class") or tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts[self.inside] = self.texts.get(self.inside, "") + data
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A comparison of two arms of three seeds, drawn."""
+    base = write_runs(tmp_path, "base", BASELINE, (10.0, 8.0, 11.0))
+    treated = write_runs(tmp_path, "w2s", TREATED, (12.0, 11.0, 14.0), teacher=TEACHER, kd_off=KD_OFF)
+    spoil_summary(treated[0], name=NASTY)
+    for folder in treated:
+        spoil_summary(folder, teacher=TEACHER | {"model": NASTY})
+    assert main(command(base, treated, tmp_path / "out")) == 0
+    return tmp_path / "out"
+
+
+def test_the_verdict_stands_first_in_both(out):
+    words = "treated reaches top1 >= 60 at epoch 2 instead of 4 (medians of 3 and 3 runs); paired by seed, 1.71x in ep"
+    markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
+    assert markdown.split("\n\n")[1].startswith(f"**{words}")
+    assert Page(page).texts["verdict"].startswith(words)
+    assert "not shown to differ from 1; p 0.25" in markdown
+    assert page.index('class="verdict"') < page.index("<table")
+
+
+def test_the_page_fetches_nothing_and_takes_no_text_for_markup(out):
+    page = Page((out / "report.html").read_text())
+    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert not [tag for tag, _ in page.tags if tag in ("img", "link", "iframe") and _.get("href") != "data:,"]
+    assert not [a for _, attributes in page.tags for a in attributes if a in ("src", "srcset", "action")]
+    assert NASTY in page.texts["li"]  # as text
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", (out / "report.html").read_text())
+    assert "\n| " in (out / "report.md").read_text()
+    assert "<img" not in (out / "report.md").read_text()
+
+
+def test_the_page_holds_every_run_crossing_and_window(out):
+    data = json.loads(Page((out / "report.html").read_text()).texts["data"])
+    assert [arm["name"] for arm in data["arms"]] == ["baseline", "treated"]
+    assert data["targets"] == [60]
+    for arm, curves, ends in zip(data["arms"], (BASELINE, TREATED), (None, 2.0), strict=True):
+        assert [[point["value"] for point in run["points"]] for run in arm["runs"]] == curves
+        assert {run["off"]["epoch"] for run in arm["runs"]} == {ends}
+    firsts = [m["epoch"] for run in data["arms"][1]["runs"] for m in run["marks"] if m["kind"] == "first"]
+    assert firsts == [2, 2, 3]
+    assert [run["off"]["train_seconds"] for run in data["arms"][1]["runs"]] == [24, 22, 28]  # 2 epochs each
+
+
+def test_the_report_holds_settings_and_commands(out):
+    markdown = (out / "report.md").read_text()
+    assert f"This report: python -m w2s.compare --baseline {out.parent / 'base-0'}" in markdown
+    assert f"- treated: python train_*.py -c {out.parent / 'w2s-2'}/args.yaml" in markdown
+    assert "The same in all arms: batch_size 10, dataset digits, epochs 5, lr 0.1." in markdown
+
+
+def test_the_verdict_of_runs_that_reach_nothing(tmp_path, capsys):
+    base = write_runs(tmp_path, "base", [[50, 55], [51, 56]])
+    treated = write_runs(tmp_path, "w2s", [[50, 58], [51, 57]])
+    assert main(command(base, treated, tmp_path / "out")) == 0
+    said = capsys.readouterr().out.split("\n\n")[1]
+    assert said.startswith("**treated shows no speedup over baseline, for no target is reached by its median; final")
+    assert "2 better" in said
+
+
+def test_many_arms_have_a_line_each_and_the_first_has_the_sentence(tmp_path, capsys):
+    curves = {
+        "alone": [[50, 55, 60], [51, 56, 61]],
+        "taught": [[50, 60, 66], [51, 61, 67]],
+        "false": [[40, 41], [42, 43]],
+    }
+    curves["false"] = [[*curve, 44] for curve in curves["false"]]
+    words = [f"--arm={arm}={folder}" for arm, group in curves.items() for folder in write_runs(tmp_path, arm, group)]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    _, sentence, heading, table, *_ = capsys.readouterr().out.split("\n\n")
+    assert sentence.startswith("**taught reaches top1 >= 60 at epoch 2 instead of 3") and "false" not in sentence
+    assert heading == "## All arms"
+    rows = {
+        (cells := [cell.strip() for cell in line.strip("|").split("|")])[0]: cells[1:] for line in table.split("\n")
+    }
+    assert list(rows)[2:] == ["alone", "taught", "false"]
+    assert [rows[arm][:2] for arm in curves] == [["60.5", ""], ["66.5", "6"], ["44", "-16.5"]]
+    assert [rows[arm][2:4] for arm in curves] == [["3", ""], ["2", "1.50x"], ["> 3", "n/a"]]

@@ -1,0 +1,578 @@
+"""Checkpoints that are complete or absent, whatever kills the process; and what every script does with its run."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import refused
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from train_cls import build_parser, resolve
+from w2s.engine.checkpoint import load_checkpoint, newest_state, plain, read_state, save_checkpoint
+from w2s.engine.errors import Finished, InputError, NonFiniteLoss, Preempted
+from w2s.engine.files import check_writable
+from w2s.engine.run import Run, call_main, environment
+from w2s.images.models import create_model
+from w2s.images.teacher import ImageTeacher
+from w2s.record import RunRecord
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def fresh_accelerator(**options: object):
+    """An accelerator with options of its own: Accelerate keeps those of the first one made in a process."""
+    accelerate.state.AcceleratorState._reset_state(True)
+    yield accelerate.Accelerator(cpu=True, **options)
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def accelerator():
+    with fresh_accelerator() as made:
+        yield made
+
+
+def student_of(seed: int = 0, width: int = 6) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width * 36, 2))
+
+
+class Training:
+    """A student, its optimiser and moving average, prepared; two steps make all three of them its own."""
+
+    def __init__(self, accelerator: accelerate.Accelerator, seed: int = 0, steps: int = 2, **sizes: int) -> None:
+        self.accelerator, self.bare = accelerator, student_of(seed, **sizes)
+        self.ema = ModelEmaV3(self.bare, 0.5)
+        optimizer = torch.optim.AdamW(self.bare.parameters(), 1e-2)
+        self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        for step in range(steps):
+            self.step(step)
+
+    def step(self, seed: int) -> None:
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        self.accelerator.backward(nn.functional.cross_entropy(self.model(images), torch.tensor([0, 1, 0, 1])))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.bare)
+
+    def save(self, root: Path, update: int, keep: int = 2, **state: object) -> Path:
+        save_checkpoint(root, update, state, self.accelerator, self.ema.module, keep)
+        return root / f"update-{update:08d}"
+
+    def tensors(self) -> list[torch.Tensor]:
+        moments = [t for state in self.optimizer.state_dict()["state"].values() for t in state.values()]
+        return [*self.bare.state_dict().values(), *self.ema.module.state_dict().values(), *moments]
+
+    def like(self, other: "Training") -> bool:
+        return all(torch.equal(a, b) for a, b in zip(self.tensors(), other.tensors(), strict=True))
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# --- what a checkpoint holds -----------------------------------------------------------------------------------------
+
+
+def test_weights_optimiser_and_moving_average_come_back_bit_for_bit(tmp_path):
+    with fresh_accelerator() as accelerator:
+        before = Training(accelerator)
+        path = before.save(tmp_path, 2)
+    with fresh_accelerator() as accelerator:
+        after = Training(accelerator, seed=1, steps=3)
+        assert not after.like(before)
+        load_checkpoint(path, accelerator, after.ema.module)
+        assert after.like(before)
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path):
+    with fresh_accelerator() as accelerator:
+        whole = Training(accelerator, steps=2)
+        whole.save(tmp_path, 2)
+        whole.step(2)
+    with fresh_accelerator() as accelerator:
+        resumed = Training(accelerator, seed=1, steps=0)
+        load_checkpoint(tmp_path / "update-00000002", accelerator, resumed.ema.module)
+        resumed.step(2)
+        assert resumed.like(whole)
+
+
+def test_the_state_comes_back_exactly(accelerator, tmp_path):
+    state = {
+        "floats": [0.1 + 0.2, math.pi, 1e-308, 5e-324, 1.7976931348623157e308, -0.0, 1 / 3],
+        "infinite": math.inf,
+        "words": 'ä "quoted"\n',
+        "nothing": None,
+        "nested": {"rows": [{"top1": 65.432109876543}], "flag": True},
+    }
+    found = read_state(Training(accelerator, steps=0).save(tmp_path, 7, **state))
+    assert {k: found[k] for k in state} == state
+    assert math.copysign(1, found["floats"][5]) == -1
+    assert found["update"] == 7
+
+
+def test_not_a_number_stays_so(accelerator, tmp_path):
+    assert math.isnan(read_state(Training(accelerator, steps=0).save(tmp_path, 1, loss=math.nan))["loss"])
+
+
+def test_the_teacher_is_in_no_file_of_a_checkpoint(accelerator, tmp_path):
+    training = Training(accelerator)
+    model = create_model("resnet10t", 2, model_kwargs={"channels": (8, 8, 16, 16), "stem_width": 8})
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 8, 8)}
+    teacher = ImageTeacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+    teacher(torch.zeros(1, 3, 8, 8))
+    path = training.save(tmp_path, 1)
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert set(load_file(path / file)) == set(training.bare.state_dict())
+    optimizer = torch.load(path / "optimizer.bin", weights_only=True)
+    assert len(optimizer["param_groups"][0]["params"]) == len(list(training.bare.parameters()))
+    assert sum(p.stat().st_size for p in path.rglob("*")) < teacher.params * 4
+
+
+def test_a_moving_average_in_channels_last_format_is_saved(accelerator, tmp_path):
+    ema = student_of().to(memory_format=torch.channels_last)
+    save_checkpoint(tmp_path, 1, {}, accelerator, ema, 2)
+    again = student_of(seed=1)
+    load_checkpoint(tmp_path / "update-00000001", accelerator, again)
+    assert torch.equal(again[0].weight, ema[0].weight)
+
+
+def test_a_run_without_a_moving_average_saves_none(accelerator, tmp_path):
+    Training(accelerator)
+    save_checkpoint(tmp_path, 1, {}, accelerator, None, 2)
+    assert not (tmp_path / "update-00000001" / "ema.safetensors").exists()
+    load_checkpoint(tmp_path / "update-00000001", accelerator, None)
+
+
+# --- how many are kept -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_are_kept(accelerator, tmp_path, keep):
+    training = Training(accelerator, steps=0)
+    for update in (8, 9, 10, 100):
+        training.save(tmp_path, update, keep)
+    assert names(tmp_path) == [f"update-{update:08d}" for update in (8, 9, 10, 100)[-keep:]]
+
+
+def test_an_update_saved_again_takes_the_place_of_the_one_before(accelerator, tmp_path):
+    training = Training(accelerator, steps=0)
+    training.save(tmp_path, 5, try_=1)
+    training.save(tmp_path, 5, try_=2)
+    assert names(tmp_path) == ["update-00000005"]
+    assert read_state(tmp_path / "update-00000005")["try_"] == 2
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 4])
+def test_a_run_taken_up_from_an_earlier_checkpoint_keeps_what_it_writes_then(accelerator, tmp_path, keep):
+    training = Training(accelerator, steps=0)
+    for update in (10, 20, 30):
+        training.save(tmp_path, update, keep=4, branch="old")
+    training.save(tmp_path, 15, keep, branch="new")
+    assert newest_state(tmp_path, print)[1]["branch"] == "new"
+
+
+def test_what_is_left_of_a_save_that_was_killed_goes_with_the_next_one(accelerator, tmp_path):
+    (tmp_path / ".update-00000003.partial").mkdir()
+    (tmp_path / ".update-00000003.partial" / "model.safetensors").write_bytes(b"half")
+    training = Training(accelerator, steps=0)
+    training.save(tmp_path, 4)
+    assert names(tmp_path) == ["update-00000004"]
+
+
+def test_the_partial_folder_of_the_same_update_does_not_get_into_the_checkpoint(accelerator, tmp_path):
+    (tmp_path / ".update-00000003.partial").mkdir()
+    (tmp_path / ".update-00000003.partial" / "stray").write_bytes(b"half")
+    assert "stray" not in names(Training(accelerator, steps=0).save(tmp_path, 3))
+
+
+# --- complete or absent ----------------------------------------------------------------------------------------------
+
+
+class Dying(accelerate.Accelerator):
+    """Dies after its files are written and before the checkpoint is finished."""
+
+    def save_state(self, *args: object, **kwargs: object) -> None:
+        super().save_state(*args, **kwargs)
+        raise KeyboardInterrupt
+
+
+def test_a_save_that_dies_leaves_the_checkpoint_before_and_no_new_one(tmp_path):
+    with fresh_accelerator() as accelerator:
+        Training(accelerator).save(tmp_path, 1)
+        dying = Dying(cpu=True)
+        training = Training(dying)
+        with pytest.raises(KeyboardInterrupt):
+            training.save(tmp_path, 2)
+    assert [name for name in names(tmp_path) if not name.startswith(".")] == ["update-00000001"]
+    assert newest_state(tmp_path, pytest.fail)[0] == tmp_path / "update-00000001"
+
+
+SAVING = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+from engine.test_checkpoint import Training, fresh_accelerator
+
+root, written = Path(sys.argv[3]), lambda: sorted(root.glob("update-*"))
+for round_ in range(8):
+    before, partial = written(), lambda: list(root.glob(".update-*.partial"))
+    child = os.fork()
+    if not child:
+        with fresh_accelerator() as accelerator:
+            training = Training(accelerator)
+            update = int(before[-1].name[7:]) if before else 0
+            while True:
+                update += 1
+                training.save(root, update, keep=3)
+    end = time.monotonic() + 100
+    while written() == before and time.monotonic() < end:
+        time.sleep(0.001)
+    while not partial() and time.monotonic() < end:  # the next save is under way: let it get a little further each time
+        pass
+    time.sleep(0.002 * round_)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(written()[-1].name, flush=True)
+"""
+
+
+def test_every_checkpoint_is_readable_after_kills_in_the_midst_of_saves(accelerator, tmp_path):
+    words = [sys.executable, "-c", SAVING, str(ROOT), str(ROOT / "tests"), str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(set(done.stdout.split())) == 8  # each round got further
+    found = sorted(tmp_path.glob("update-*"))
+    assert found[-1].name >= "update-00000008"
+    training = Training(accelerator, seed=1)
+    for path in found:
+        assert read_state(path)["update"] == int(path.name[7:])
+        load_checkpoint(path, accelerator, training.ema.module)
+
+
+# --- damaged ---------------------------------------------------------------------------------------------------------
+
+FILES = ["state.json", "model.safetensors", "optimizer.bin", "ema.safetensors", "random_states_0.pkl"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b""), Path.unlink], ids=["cut", "empty", "gone"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(accelerator, tmp_path, file, damage):
+    training, warnings = Training(accelerator, steps=0), []
+    training.save(tmp_path, 1, place="first")
+    second = training.save(tmp_path, 2, place="second")
+    damage(second / file)
+    with refused(str(second), file):
+        read_state(second)
+    path, state = newest_state(tmp_path, warnings.append)
+    assert (path.name, state["place"]) == ("update-00000001", "first")
+    assert len(warnings) == 1 and file in warnings[0] and "\n" not in warnings[0]
+
+
+def test_without_damage_the_newest_is_used_without_a_word(accelerator, tmp_path):
+    training = Training(accelerator, steps=0)
+    for update in (9, 10):
+        training.save(tmp_path, update)
+    path, state = newest_state(tmp_path, pytest.fail)
+    assert (path.name, state["update"]) == ("update-00000010", 10)
+
+
+def test_where_all_checkpoints_are_damaged_the_run_does_not_silently_start_again(accelerator, tmp_path):
+    training, warnings = Training(accelerator, steps=0), []
+    for update in (1, 2):
+        cut(training.save(tmp_path, update) / "model.safetensors")
+    with refused(str(tmp_path), "damaged"):
+        newest_state(tmp_path, warnings.append)
+    assert len(warnings) == 2
+
+
+@pytest.mark.parametrize("there", [(), ("checkpoints",), ("checkpoints/.update-00000001.partial",)])
+def test_no_checkpoints_are_no_error(tmp_path, there):
+    for folder in there:
+        (tmp_path / folder).mkdir(parents=True)
+    assert newest_state(tmp_path / "checkpoints", pytest.fail) == (None, None)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"files": 3}'])
+def test_a_state_that_is_none_is_refused(accelerator, tmp_path, text):
+    path = Training(accelerator, steps=0).save(tmp_path, 1)
+    (path / "state.json").write_text(text)
+    with refused(str(path), "state.json"):
+        read_state(path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with refused("--resume", str(tmp_path)):
+        read_state(tmp_path)
+    with refused("--resume", str(tmp_path / "nowhere")):
+        read_state(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    with fresh_accelerator() as accelerator:
+        path = Training(accelerator).save(tmp_path, 1)
+    with fresh_accelerator() as accelerator:
+        other = Training(accelerator, width=7)
+        with refused("cannot load checkpoint", str(path)):
+            load_checkpoint(path, accelerator, other.ema.module)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "ema.safetensors"])
+def test_a_file_with_wrong_bytes_of_the_right_length_is_refused(accelerator, tmp_path, file):
+    training = Training(accelerator)
+    path = training.save(tmp_path, 1)
+    (path / file).write_bytes(b"\xff" * (path / file).stat().st_size)
+    assert read_state(path)
+    with refused("cannot load checkpoint", str(path)):
+        load_checkpoint(path, accelerator, training.ema.module)
+
+
+# --- the helpers of a run --------------------------------------------------------------------------------------------
+
+
+def test_the_environment_names_versions_device_and_commit(accelerator):
+    found = environment(accelerator)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["torch"], found["accelerate"]) == (torch.__version__, accelerate.__version__)
+    assert found["device"].startswith("cpu") and found["processes"] == 1 and found["mixed_precision"] == "no"
+    assert found["git"] is None or len(found["git"]) == 40
+
+
+def test_the_environment_is_told_where_git_is_not_installed(accelerator, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment(accelerator)["git"] is None
+
+
+@pytest.mark.parametrize("folder", ["", "new", "new/deep/deeper"])
+def test_trying_to_write_leaves_nothing_behind(tmp_path, folder):
+    check_writable(tmp_path / folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_relative_folder_may_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_writable(Path("new/run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with refused("cannot write", str(tmp_path / "file"), "--output"):
+        check_writable(tmp_path / "file" / "run")
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with refused("cannot write", str(tmp_path), "--output"):
+        check_writable(tmp_path / "run")
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "last"),
+    [
+        (None, 0, ""),
+        (InputError("the model is unknown"), 2, "error: the model is unknown"),
+        (NonFiniteLoss("the loss is not finite"), 3, "error: the loss is not finite"),
+        (Preempted("saved at update 7"), 75, "saved at update 7"),
+        (Finished("already finished"), 0, "already finished"),
+        (SystemExit(0), 0, ""),
+        (InputError("Caught InputError in DataLoader worker process 0.\nTraceback ...\nw2s.options.InputError: corrupt "
+                    "image a.png\n"), 2, "error: corrupt image a.png"),
+    ],
+    ids=["done", "bad input", "not finite", "preempted", "finished", "help", "from a worker"],
+)  # fmt: skip
+def test_a_script_ends_with_its_code_and_one_line(capsys, error, code, last):
+    def main() -> None:
+        if error:
+            raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        call_main(main)
+    assert exit_.value.code == code
+    assert capsys.readouterr().err == (f"{last}\n" if last else "")
+
+
+def test_other_errors_end_with_code_1_and_their_traceback(capsys):
+    def main() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(SystemExit) as exit_:
+        call_main(main)
+    assert exit_.value.code == 1
+    assert "Traceback" in (printed := capsys.readouterr().err) and "ZeroDivisionError" in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "processes", "status"),
+    [
+        (InputError("corrupt image"), 1, "failed"),
+        (InputError("corrupt image"), 8, "failed"),
+        (ZeroDivisionError(), 1, "failed"),
+        (RuntimeError("connection closed by peer"), 8, "running"),  # the peer may have been killed
+        (KeyboardInterrupt(), 1, "running"),
+        (Preempted("saved"), 1, "preempted"),
+    ],
+)
+def test_what_ends_an_open_run_stands_in_its_summary(run_of, tmp_path, error, processes, status):
+    def main() -> None:
+        run = run_of()
+        run.launch["processes"] = processes
+        run.open(lambda folder, facts, log: RunRecord(folder, "top1", "max", [50.0], ("top1",), facts, log))
+        run.record.add(epoch=1, update=4, top1=60.0)
+        if status == "preempted":
+            run.finish(status)
+        raise error
+
+    with pytest.raises(SystemExit):
+        call_main(main)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["best"], summary["targets"]["50"]["first"]["update"]) == (status, 60.0, 4)
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_a_refusal_leaves_the_run_before_it_alone(run_of, tmp_path):
+    run = run_of()
+    run.open(lambda folder, facts, log: RunRecord(folder, "top1", "max", [], ("top1",), facts, log))
+
+    def main() -> None:
+        raise InputError("the model is unknown")
+
+    with pytest.raises(SystemExit):
+        call_main(main)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "running"
+
+
+def test_options_are_written_as_yaml_and_json_know_them():
+    args = build_parser().parse_recipe(["--model-kwargs", "dims=(1, 2)", "--lr", "1e-7", "-c", os.devnull])
+    options = plain(vars(args))
+    assert yaml.safe_load(yaml.safe_dump(options)) == json.loads(json.dumps(options)) == options
+    assert options["model_kwargs"] == {"dims": [1, 2]} and options["lr"] == 1e-7
+    assert "config" not in options
+
+
+# --- where a run lives -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_of(tmp_path, monkeypatch):
+    """A Run of the script's options in tmp_path/run."""
+    accelerate.state.AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def make(**changes: object) -> Run:
+        words = f"--dataset digits --model resnet10t --output {tmp_path} --name run".split()
+        args = build_parser().parse_recipe(words)
+        vars(args).update(changes)
+        resolve(args)
+        return Run(args, "cls")
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield make
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+def leave_run(folder: Path, status: str = "running", **changes: object) -> None:
+    """What a run of the same options has left in its folder."""
+    words = f"--dataset digits --model resnet10t --output {folder.parent} --name run".split()
+    args = build_parser().parse_recipe(words)
+    resolve(args)
+    folder.mkdir(parents=True)
+    (folder / "args.yaml").write_text(yaml.safe_dump(plain(vars(args)) | changes))
+    (folder / "summary.json").write_text(json.dumps({"status": status}))
+
+
+def test_making_a_run_creates_nothing_on_disk(run_of, tmp_path):
+    run_of()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_else_in_it_is_refused(run_of, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("all of it")
+    with refused(str(tmp_path / "run"), "--name"):
+        run_of()
+    assert names(tmp_path / "run") == ["thesis.tex"]
+
+
+def test_an_empty_folder_is_used(run_of, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert run_of().folder == tmp_path / "run"
+
+
+def test_a_run_is_not_overwritten(run_of, tmp_path):
+    leave_run(tmp_path / "run")
+    with refused(str(tmp_path / "run"), "--resume auto"):
+        run_of()
+
+
+def test_a_run_of_other_options_is_not_resumed(run_of, tmp_path):
+    leave_run(tmp_path / "run", epochs=7, lr=0.5)
+    with refused("--lr", "0.5", "2 options differ"):
+        run_of(resume="auto")
+
+
+def test_options_that_change_no_result_may_change_on_resume(run_of, tmp_path):
+    leave_run(tmp_path / "run", workers=9, log_interval=3, checkpoint_hist=7)
+    assert run_of(resume="auto").state is None
+
+
+def test_a_finished_run_is_not_resumed(run_of, tmp_path):
+    leave_run(tmp_path / "run", status="finished")
+    with pytest.raises(Finished, match="already finished"):
+        run_of(resume="auto")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "lr: [\n"])
+def test_a_run_with_a_broken_args_yaml_is_refused(run_of, tmp_path, text):
+    leave_run(tmp_path / "run")
+    (tmp_path / "run" / "args.yaml").write_text(text)
+    with refused(str(tmp_path / "run")):
+        run_of(resume="auto")
+
+
+@pytest.mark.parametrize("option", ["dry_run", "eval_only"])
+def test_a_run_that_keeps_nothing_looks_at_no_folder(run_of, tmp_path, option):
+    leave_run(tmp_path / "run", epochs=7)
+    assert run_of(**{option: True}).keeps is False
+
+
+def test_the_randomness_of_an_update_is_a_function_of_seed_and_update(run_of):
+    def draw(seed: int, update: int) -> tuple:
+        run = run_of(seed=seed)
+        run.seed_update(update)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert draw(0, 5) == draw(0, 5)
+    for other in (draw(0, 6), draw(1, 5)):
+        assert all(a != b for a, b in zip(draw(0, 5), other, strict=True))
+
+
+def test_a_loss_that_was_not_finite_is_remembered(run_of):
+    run = run_of()
+    run.watch(torch.tensor(1.0))
+    assert run._bad == 0
+    run.watch(torch.tensor(math.inf))
+    run.watch(torch.tensor(2.0))
+    assert run._bad > 0

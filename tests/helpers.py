@@ -1,0 +1,265 @@
+"""Runs of the scripts for the tests, in three ways of rising cost.
+
+`call_script` calls a script's main in this process, as if it were its first. `start_script` is a real process with its
+own exit code that can be killed; it is forked from a server that has imported everything, which saves the ten seconds
+of imports. `run_script` is the user's command itself, `accelerate launch` too.
+"""
+
+import contextlib
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+# before torch is imported, here and in all processes started: one thread gives the same bits everywhere, no network
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("WANDB_MODE", "offline")
+ROOT = Path(__file__).parents[1]
+COCO = ROOT.parent / "shared" / "data" / "coco_subset"  # real photographs; tests that need them skip where absent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+TIMEOUT = int(os.environ.get("TEST_TIMEOUT", "180"))  # seconds for any one process; more on a busy machine
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}  # bit-equal runs are promised on the CPU
+TIME_COLUMNS = ("train_seconds", "total_seconds", "teacher_seconds")
+# data, model and optimiser of nearly all runs of train_cls.py: 4 updates an epoch, with random augmentation
+DIGITS = (
+    "--dataset digits --img-size 16 --train-samples 128 --switch-split 0.02 --batch-size 32 --epochs 2 --workers 0 "
+    "--check-images 0 --opt adamw --lr 3e-3"
+)
+RESNET = "--model resnet10t --model-kwargs channels=(8,8,16,16) stem_width=8"
+TEACHER = "--model resnet10t --model-kwargs channels=(8,8,8,8) stem_width=8"
+FOLDER = (
+    "--img-size 16 --batch-size 8 --epochs 1 --workers 0 --opt adamw --lr 1e-3 --switch-split 0.1 --check-images -1 "
+    "--val-split val --data-dir"
+)
+VIT = "--model vit_tiny_patch16_224 --model-kwargs patch_size=4 embed_dim=32 depth=2 num_heads=2"
+
+
+def words(*parts: object) -> list[str]:
+    """Command-line words from strings of several words, lists of words, and paths."""
+    flat = []
+    for part in parts:
+        flat += part.split() if isinstance(part, str) else map(str, part) if isinstance(part, list) else [str(part)]
+    return flat
+
+
+# the same for train_det.py, --data apart: 6 updates an epoch
+DETECT = (
+    "--model resnet10t --model-kwargs channels=(8,8,16,16) stem_width=8 --norm gn --strides 8 16 --extra-levels 0 "
+    "--anchor-scale 2 --fpn-channels 16 --min-size 64 --max-size 64 --batch-size 4 --epochs 2 --workers 0 "
+    "--check-images 0 --switch-split 0.1 --opt adamw --lr 3e-3 --sched constant --warmup-epochs 0 "
+    "--validation-batch-size 8"
+)
+
+
+# ---- in this process ----
+
+
+def call_script(main, *parts: object) -> None:
+    """Call a script's main here; Accelerate's state and the signal handlers are put back."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    forget()
+    try:
+        with mock.patch.dict(os.environ, ON_CPU):
+            main(words(*parts))
+    finally:
+        forget()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def watching_forwards(see) -> Iterator[None]:
+    """Have `see(module, inputs)` called before every forward of every module in this process."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    handle = register_module_forward_pre_hook(see)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# ---- data ----
+
+
+def image_folder(root: Path, train: int = 8, val: int = 4) -> Path:
+    """An image folder of two classes with digits in them."""
+    import numpy as np
+
+    from w2s.images.digits import Digits
+
+    digits = Digits("train")
+    for split, count in (("train", train), ("val", val)):
+        for digit in (0, 1):
+            (root / split / f"class{digit}").mkdir(parents=True)
+            for k, row in enumerate(np.flatnonzero(digits.targets == digit)[:count]):
+                digits[row][0].resize((16, 16)).save(root / split / f"class{digit}" / f"{k}.png")
+    return root
+
+
+# ---- refusals ----
+
+
+@contextlib.contextmanager
+def refused(*words: str) -> Iterator[pytest.ExceptionInfo]:
+    """The block ends in an InputError of one line that holds these words."""
+    from w2s.engine.errors import InputError
+
+    with pytest.raises(InputError) as caught:
+        yield caught
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+# ---- a process of its own, quickly ----
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(
+    ["torch._dynamo", "sklearn.model_selection", "sklearn.datasets", "train_cls", "train_diffusion"]
+)
+
+
+def _child(script: str, argv: list[str], log: str, env: dict) -> None:
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.environ.update(env)
+    multiprocessing.set_start_method(None, force=True)  # the script's own workers start as they do from the shell
+    sys.argv = [script, *argv]
+    from importlib import import_module
+
+    from w2s.engine.run import call_main
+
+    call_main(import_module(script).main)
+
+
+class Started:
+    """A running script: one or several processes, and what they print."""
+
+    def __init__(self, processes: list, log: Path) -> None:
+        self.processes, self.log = processes, log
+
+    def kill(self, number: int = signal.SIGKILL, rank: int | None = None) -> None:
+        """Send a signal to all processes, or to one."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    @property
+    def alive(self) -> bool:
+        return all(p.is_alive() for p in self.processes)
+
+    def wait(self, timeout: float = TIMEOUT) -> list[int]:
+        """The exit codes, once all have ended; none is left running."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        hung = [p for p in self.processes if p.is_alive()]
+        if hung:
+            self.kill()
+        assert not hung, f"still running after {timeout} s:\n{self.text}"
+        return [p.exitcode for p in self.processes]
+
+    def wait_for(self, condition, timeout: float = TIMEOUT) -> bool:
+        """Poll until `condition()`; False if the script ended before."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if not self.alive:
+                return False
+            assert time.monotonic() < end, f"nothing after {timeout} s:\n{self.text}"
+            time.sleep(0.005)
+        return True
+
+    @property
+    def text(self) -> str:
+        """stdout and stderr so far."""
+        return self.log.read_text(errors="replace")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_script(script: str, log: Path, *parts: object, processes: int = 1, env: dict | None = None) -> Started:
+    """Start `python SCRIPT.py ...`, or as many processes as `accelerate launch --cpu` would start.
+
+    Args:
+        script: its module, as train_cls.
+        log: a file that takes stdout and stderr (appended), or a terminal's device.
+        parts: the command line.
+        processes: how many.
+        env: changes to the environment.
+    """
+    port, started = free_port(), []
+    for rank in range(processes):
+        mine = {**ON_CPU, **(env or {})}
+        if processes > 1:
+            mine |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        mine = {k: str(v) for k, v in mine.items()}
+        started.append(_server.Process(target=_child, args=(script, words(*parts), str(log), mine)))
+        started[-1].start()
+    return Started(started, Path(log))
+
+
+# ---- the user's command ----
+
+
+def run_script(
+    script: str, *parts: object, processes: int = 0, timeout: float = TIMEOUT, env: dict | None = None
+) -> subprocess.CompletedProcess:
+    """`python SCRIPT.py ...`, or under `accelerate launch` with so many processes; output is captured."""
+    command = [sys.executable, str(ROOT / f"{script}.py")]
+    if processes:
+        # not --cpu, which starts one process whatever --num_processes says; the environment has them on the CPU
+        launch = f"--multi_gpu --num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+        command[:1] = [sys.executable, "-m", "accelerate.commands.launch", *launch.split()]
+        command[-1:-1] = ["--main_process_port", str(free_port())]
+    environment = {**os.environ, **ON_CPU, **(env or {})}
+    return subprocess.run(
+        [*command, *words(*parts)], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+# ---- what a run leaves ----
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv as it stands: cells are text, so equal cells are equal bits."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def timeless(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run without the columns that measure time."""
+    return [{k: v for k, v in row.items() if k not in TIME_COLUMNS} for row in read_rows(folder)]
+
+
+def read_summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def weights_of(folder: Path, part: str = "model") -> bytes:
+    """The exported weights, bit for bit."""
+    return (folder / part / "model.safetensors").read_bytes()

@@ -1,0 +1,1 @@
+"""What every run does alike, whatever the task."""

@@ -1,0 +1,220 @@
+"""Checkpoints that are complete or absent, and are checked before they are believed.
+
+`save_state` of Accelerate is not atomic; here it writes beside, state.json comes last with the size of every file,
+everything is synced to disk, and a rename makes it a checkpoint. Only then are old ones dropped.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import accelerate
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from w2s.engine.errors import Finished, InputError
+from w2s.engine.files import check_writable, fsync
+
+# options that may change when a run is resumed: they do not change what it computes
+FREE_OPTIONS = (
+    *("config", "output", "name", "resume", "dry_run", "eval_only", "log_with", "project", "group"),
+    *("log_interval", "checkpoint_hist", "recovery_interval", "workers", "check_images", "validation_batch_size"),
+    "fd_cache",
+)
+
+
+def locate(folder: Path, args, launch: dict, log: Callable[[str], None]) -> tuple[Path | None, dict | None]:
+    """The checkpoint that a run in `folder` continues from and its state; (None, None) for a new run.
+
+    Args:
+        folder: the run folder, perhaps not there yet.
+        args: resolved options, `--resume` among them; `--cache auto` becomes what the run had made of it.
+        launch: processes and precision of this launch, which have to be those of the checkpoint.
+        log: told of damaged checkpoints.
+
+    Raises:
+        InputError: the folder cannot be written or holds something else, or there is nothing to resume.
+        Finished: the run is already complete.
+    """
+    checkpoint = state = None
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another --name or --output")
+    if args.resume and args.resume != "auto":
+        checkpoint = Path(args.resume)
+        state = read_state(checkpoint)
+        _keep_choices(args, state["args"])
+        _same_options(args, state["args"], str(checkpoint))
+        own = checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+        if not own and _occupied(folder):
+            raise InputError(f"{folder} holds a run of its own, not that of {args.resume}; choose another --name")
+    elif _occupied(folder):
+        if not (folder / "args.yaml").is_file():
+            raise InputError(f"{folder} is not empty and holds no run; choose another --name or --output")
+        if not args.resume:
+            raise InputError(f"{folder} holds a run: go on with --resume auto, or choose another --name")
+        options = _read_options(folder / "args.yaml")
+        _keep_choices(args, options)
+        _same_options(args, options, str(folder))
+        if _read_json(folder / "summary.json").get("status") == "finished":
+            raise Finished(f"{folder} is already finished")
+        checkpoint, state = newest_state(folder / "checkpoints", log)
+    for name, value in launch.items() if state else ():
+        if state[name] != value:
+            raise InputError(f"{checkpoint} was written with {state[name]} {name}, this launch has {value}: keep to it")
+    check_writable(folder)
+    return checkpoint, state
+
+
+def plain(options: dict) -> dict:
+    """Options as YAML and JSON know them."""
+
+    def simple(value: object) -> object:
+        if isinstance(value, tuple | list):
+            return [simple(v) for v in value]
+        if isinstance(value, dict):
+            return {str(k): simple(v) for k, v in value.items()}
+        if dataclasses.is_dataclass(value) or isinstance(value, Path):
+            return str(value)
+        return value
+
+    return {key: simple(value) for key, value in options.items() if key != "config"}
+
+
+def save_checkpoint(
+    root: Path, update: int, state: dict, accelerator: accelerate.Accelerator, ema: nn.Module | None, keep: int
+) -> None:
+    """Write `root/update-N` and keep the newest `keep`; called by all processes.
+
+    Args:
+        root: the run's checkpoints/ folder.
+        update: N, updates done.
+        state: what state.json holds, JSON types only.
+        accelerator: its prepared student, optimiser and scaler are saved; the teacher was never prepared.
+        ema: the averaged model, or None.
+        keep: --checkpoint-hist.
+    """
+    final, beside = root / f"update-{update:08d}", root / f".update-{update:08d}.partial"
+    if accelerator.is_main_process:
+        for unfinished in root.glob(".update-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        beside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(beside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if ema is not None:
+            save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, beside / "ema.safetensors")
+        files = {str(p.relative_to(beside)): p.stat().st_size for p in beside.rglob("*") if p.is_file()}
+        (beside / "state.json").write_text(json.dumps({**state, "update": update, "files": files}))
+        for path in [*beside.rglob("*"), beside]:
+            fsync(path)
+        if final.exists():
+            _drop(final)
+        beside.rename(final)
+        fsync(root)
+        paths = sorted(root.glob("update-*"))
+        here = paths.index(final) + 1
+        for old in paths[: max(here - keep, 0)] + paths[here:]:  # later ones: the run was taken up from before them
+            _drop(old)
+    accelerator.wait_for_everyone()
+
+
+def _drop(checkpoint: Path) -> None:
+    aside = checkpoint.with_name(f".{checkpoint.name}.dropped")  # first: a kill half-way leaves no half checkpoint
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_checkpoint(path: Path, accelerator: accelerate.Accelerator, ema: nn.Module | None) -> None:
+    """Bring the prepared student and optimiser, and the EMA, to a checkpoint.
+
+    Raises:
+        InputError: it does not fit this model or cannot be read.
+    """
+    try:
+        accelerator.load_state(str(path))
+        if ema is not None:
+            ema.load_state_dict(load_file(path / "ema.safetensors"))
+    except Exception as error:  # torch, safetensors and pickle raise many kinds for a damaged file
+        reason = (str(error).strip().splitlines() or [""])[-1][:200]
+        raise InputError(f"cannot load checkpoint {path}: {type(error).__name__}: {reason}") from None
+
+
+def read_state(path: Path) -> dict:
+    """state.json of a complete checkpoint.
+
+    Raises:
+        InputError: no checkpoint, or one with a missing or truncated file.
+    """
+    if not (path / "state.json").is_file():
+        raise InputError(f"--resume: {path} is no checkpoint (it has no state.json)")
+    try:
+        state = json.loads((path / "state.json").read_text())
+        sizes = dict(state["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"checkpoint {path} is truncated: state.json") from None
+    for name, size in sizes.items():
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            raise InputError(f"checkpoint {path} is truncated: {name}")
+    return state
+
+
+def newest_state(root: Path, warn) -> tuple[Path | None, dict | None]:
+    """The newest complete checkpoint under `root` and its state, (None, None) if there is none yet.
+
+    `warn` is told of damaged ones.
+
+    Raises:
+        InputError: there are checkpoints, all damaged.
+    """
+    paths = sorted(root.glob("update-*"), reverse=True)
+    for path in paths:
+        try:
+            return path, read_state(path)
+        except InputError as error:
+            warn(f"warning: {error}; trying the one before")
+    if paths:
+        raise InputError(f"all checkpoints in {root} are damaged; move them away to start from the beginning")
+    return None, None
+
+
+def _keep_choices(args, there: dict) -> None:
+    """Settle `--cache auto` in `args` as the run has settled it before, whose options are `there`."""
+    if getattr(args, "cache", None) == "auto":
+        args.cache = there.get("cache")
+
+
+def _same_options(args, there: dict, where: str) -> None:
+    here = plain(vars(args))
+    different = [k for k in here if k not in FREE_OPTIONS and here[k] != there.get(k)]
+    if different:
+        k = different[0]
+        raise InputError(
+            f"{where} holds a different run: --{k.replace('_', '-')} is {there.get(k)!r} there and {here[k]!r} here"
+            + (f" ({len(different)} options differ)" if len(different) > 1 else "")
+        )
+
+
+def _occupied(folder: Path) -> bool:
+    """Whether a folder holds more than a file that a kill left half-written."""
+    return folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir())
+
+
+def _read_options(path: Path) -> dict:
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        options = None
+    if not isinstance(options, dict):
+        raise InputError(f"{path} is damaged; resume one of the run's checkpoints with --resume PATH")
+    return options
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

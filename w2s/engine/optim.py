@@ -1,0 +1,73 @@
+"""timm's optimisers and schedules from the shared options; the learning rate is a function of the update."""
+
+import inspect
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from w2s.engine.errors import InputError
+
+
+def scaled_lr(args, samples: int) -> float:
+    """--lr, or timm's rule: --lr-base at a global batch of --lr-base-size, scaled to `samples` an update."""
+    if args.lr is not None:
+        return args.lr
+    ratio = samples / args.lr_base_size
+    adaptive = any(kind in args.opt.lower() for kind in ("ada", "lamb"))
+    scale = args.lr_base_scale or ("sqrt" if adaptive else "linear")
+    return args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+
+
+def build_optimizer(
+    args, model: nn.Module, lr: float, epochs: float, updates_per_epoch: int, unit: str = "epochs"
+) -> tuple[torch.optim.Optimizer, Scheduler]:
+    """The optimiser and its schedule, both timm's. Do not `prepare` the schedule: call `step_update(update)`.
+
+    A script that counts in updates has them as `unit`, and one update an epoch.
+
+    Raises:
+        InputError: unknown names, arguments they do not take, or a schedule that needs a metric.
+    """
+    if args.sched in ("plateau", "none"):
+        raise InputError(f"--sched {args.sched}: the learning rate must be a function of the update; try constant")
+    warmup, decay = (getattr(args, f"{part}_{unit}") for part in ("warmup", "decay"))
+    if warmup > epochs:
+        raise InputError(f"--warmup-{unit} {warmup:g} is longer than the run of {epochs:g} {unit}")
+    if decay <= 0:
+        raise InputError(f"--decay-{unit} {decay:g}: must be above 0")
+    options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
+    try:
+        takes = inspect.signature(get_optimizer_class(args.opt.removeprefix("lookahead_"))).parameters
+        options = {**options, "fused": True if "fused" in takes else None, **args.opt_kwargs}  # one kernel, all tensors
+        optimizer = create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            **{k: v for k, v in options.items() if v is not None},
+        )
+    except Exception as error:  # every optimiser checks its arguments in its own way
+        raise InputError(f"--opt {args.opt}: {' '.join(str(error).split())}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"--opt {args.opt}: second-order optimisers are not supported")
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=args.sched,
+            num_epochs=epochs,
+            decay_epochs=decay,
+            decay_milestones=args.decay_milestones,
+            decay_rate=args.decay_rate,
+            warmup_epochs=warmup,
+            warmup_lr=args.warmup_lr,
+            min_lr=args.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except Exception as error:
+        raise InputError(f"--sched {args.sched}: {' '.join(str(error).split())}") from None
+    return optimizer, scheduler

@@ -1,0 +1,111 @@
+"""Trackers (W&B, TensorBoard) beside metrics.csv: checked before a run begins, started, and closed with its summary."""
+
+import importlib.util
+import netrc
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import accelerate
+import numpy as np
+from PIL import Image
+
+from w2s.engine.errors import InputError
+from w2s.record import TRACKER_AXES
+
+
+def check_trackers(choice: str | None) -> list[str] | None:
+    """The names that `--log-with` means, as Accelerate knows them.
+
+    Raises:
+        InputError: a package or a key is missing.
+    """
+    names = ["wandb", "tensorboard"] if choice == "all" else [choice] if choice else []
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--log-with {name}: not installed; pip install {name}")
+    online = "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun")
+    if online and not _wandb_logged_in():
+        raise InputError("--log-with wandb: no API key; run `wandb login`, or go offline with WANDB_MODE=offline")
+    return names or None
+
+
+def _wandb_logged_in() -> bool:
+    """Whether W&B will find credentials, in the environment, its settings or a netrc file, without asking for them."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        from wandb.sdk import wandb_setup
+
+        settings = wandb_setup.singleton().settings  # its files included; starts no service
+        key, address = settings.api_key, settings.base_url
+    except (ImportError, AttributeError):  # another W&B than we know: it says itself what it lacks
+        return True
+    except Exception:  # settings that it does not take
+        key, address = None, os.environ.get("WANDB_BASE_URL", "")
+    places = [os.environ.get("NETRC")] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    path = next(filter(os.path.exists, map(os.path.expanduser, places)), None)
+    try:
+        known = netrc.netrc(path) if path else None
+    except (OSError, ValueError, netrc.NetrcParseError):
+        known = None
+    server = urlsplit(address)
+    # its own cloud has more than one address, and the key of one is taken for the other
+    hosts = (server.netloc, server.hostname or "", "api.wandb.ai")
+    return bool(key or (known and any((known.authenticators(host) or ("",) * 3)[2] for host in hosts)))
+
+
+def default_group(args, task: str) -> str:
+    """What the runs of one comparison have in common: task, data and student; its teachers are another student."""
+    given = (getattr(args, name, None) for name in ("dataset", "data", "data_dir", "train_json"))
+    data = next(filter(None, given), "")
+    return "-".join(filter(None, (task, Path(data).name, Path(args.model).name)))[:128]
+
+
+def arm_of(options: dict) -> str:
+    """The arm that a run belongs to, by its options: baseline, w2s or its control, and when distillation ends."""
+    if not options["teacher"]:
+        return "baseline"
+    off = options["kd_off"]
+    when = "" if off == "surpass" else "-never-off" if off == "never" else f"-off-at-{off:g}"
+    return (options["kd_control"] or "w2s") + when
+
+
+def start_trackers(accelerator: accelerate.Accelerator, task: str, name: str, key: str, folder: Path, options: dict):
+    """Open the trackers of a run; a resumed one, known by `key`, goes on where it was.
+
+    In W&B its arm is the job type, and arm, task and seed are tags.
+
+    Raises:
+        InputError: a tracker refuses.
+    """
+    config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in options.items()}
+    arm = arm_of(options)
+    wandb_options = {"name": name, "id": key, "resume": "allow", "dir": str(folder), "group": options["group"]}
+    wandb_options |= {"job_type": arm, "tags": [arm, task, f"seed-{options['seed']}"]}
+    try:
+        accelerator.init_trackers(options["project"], config, {"wandb": wandb_options})
+    except Exception as error:  # wandb: a wrong key, no network
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise InputError(f"trackers: {reason}; WANDB_MODE=offline needs no server") from None
+    if accelerator.is_main_process and "wandb" in [tracker.name for tracker in accelerator.trackers]:
+        board = accelerator.get_tracker("wandb", unwrap=True)
+        for axis in TRACKER_AXES:
+            board.define_metric(axis, hidden=True)
+            board.define_metric("eval/*" if axis == "epoch" else f"by_{axis}/*", step_metric=axis)
+
+
+def log_picture(accelerator: accelerate.Accelerator, name: str, path: Path, update: int) -> None:
+    """Hand a picture to the trackers, under `name`; from the main process."""
+    for tracker in accelerator.trackers if accelerator.is_main_process else ():
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: np.asarray(Image.open(path).convert("RGB"))[None]}, step=update, **layout)
+
+
+def close_trackers(accelerator: accelerate.Accelerator, summary: dict) -> None:
+    """Hand over the final values of a run (we write them: W&B's own min and max break after a resume), and close."""
+    if accelerator.is_main_process:
+        for tracker in accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.tracker.summary.update(summary)
+    accelerator.end_training()

@@ -1,0 +1,1 @@
+"""Classification: images, their loaders, timm models and classifier teachers."""

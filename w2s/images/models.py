@@ -1,0 +1,179 @@
+"""timm models: building, a stem for small images, loading weights, exporting a folder that timm reads back.
+
+Importing this module registers `small_stem` with timm, so an export of such a model loads with
+`timm.create_model("local-dir:FOLDER", pretrained=True)` once `w2s.images.models` is imported.
+"""
+
+import copy
+import difflib
+import pickle
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import load_pretrained, load_state_dict, register_model, save_for_hf
+from torch import nn
+
+from w2s.engine.errors import InputError
+from w2s.engine.files import replacing_folder
+
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    in_chans: int = 3,
+    img_size: int | None = None,
+    small_stem: bool = False,
+    pretrained: bool = False,
+    model_kwargs: dict | None = None,
+) -> nn.Module:
+    """A timm model; `img_size` reaches only architectures whose weights depend on it (ViT, Swin, ...).
+
+    Raises:
+        InputError: unknown name, arguments the architecture does not take, weights that cannot be had, no such stem.
+    """
+    kwargs = {"in_chans": in_chans, **(model_kwargs or {})}
+    if ":" not in name and pretrained_cfg(name).get("fixed_input_size") and img_size:
+        kwargs.setdefault("img_size", img_size)
+    if small_stem:
+        kwargs["base"], name = name, "small_stem"
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    except InputError:
+        raise
+    except Exception as error:  # timm raises whatever its constructors and the hub raise
+        what = f"cannot load pretrained weights of '{name}'" if pretrained else f"cannot build model '{name}'"
+        raise InputError(f"{what}: {type(error).__name__}: {_one_line(error)}") from None
+    model.w2s_args = {k: v for k, v in kwargs.items() if k != "in_chans" or v != 3}
+    return model
+
+
+def pretrained_cfg(name: str) -> dict:
+    """timm's pretrained_cfg of a model name, empty where it has none.
+
+    Raises:
+        InputError: no such model, or no such pretrained tag of it.
+    """
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        raise InputError(f"unknown model '{name}'" + (f", did you mean {' or '.join(close)}?" if close else ""))
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except (RuntimeError, ValueError):
+        known = ", ".join(model.partition(".")[2] for model in timm.list_pretrained(f"{architecture}.*"))
+        raise InputError(f"model '{architecture}' has no pretrained tag '{tag}'; it has: {known or 'none'}") from None
+    return config.to_dict() if config else {}
+
+
+@register_model
+def small_stem(pretrained: bool = False, base: str = "resnet18", **kwargs) -> nn.Module:
+    """A timm model `base` whose first convolution is 3x3 with stride 1 and whose stem has no pooling.
+
+    Raises:
+        InputError: `base` has no strided stem of that kind.
+    """
+    local = (kwargs.get("pretrained_cfg") or {}).get("source") == "local-dir"
+    model = timm.create_model(base, pretrained=pretrained and not local, **kwargs)
+    conv_name = model.pretrained_cfg.get("first_conv")
+    conv = model.get_submodule(conv_name) if isinstance(conv_name, str) else None
+    if not isinstance(conv, nn.Conv2d) or conv.stride == (1, 1):
+        raise InputError(f"--small-stem: {base} has no strided first convolution to replace")
+    if conv.kernel_size == conv.stride:
+        raise InputError(f"--small-stem: {base} starts with patches; use --model-kwargs patch_size=... instead")
+    if conv.kernel_size == (3, 3):
+        conv.stride = (1, 1)
+    else:
+        stem = nn.Conv2d(conv.in_channels, conv.out_channels, 3, 1, 1, bias=conv.bias is not None)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        model.set_submodule(conv_name, stem)
+    for pool in ("maxpool", "pool0", "features.pool0", "stem.pool"):
+        parent, _, leaf = pool.rpartition(".")
+        if hasattr(model, parent or leaf) and hasattr(model.get_submodule(parent), leaf):
+            model.set_submodule(pool, nn.Identity())
+    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": "small_stem"}
+    if pretrained and local:
+        load_pretrained(model, kwargs["pretrained_cfg"], num_classes=model.num_classes, in_chans=conv.in_channels)
+    return model
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file by name; EMA weights first where a timm checkpoint holds both.
+
+    Raises:
+        InputError: missing, truncated or unsafe file.
+    """
+    if not path.is_file():
+        raise InputError(f"no weights file {path}")
+    if path.stat().st_size == 0:
+        raise InputError(f"cannot read weights {path}: the file is empty")
+    try:
+        return load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # truncated zip, bad header, pickled code: torch and safetensors raise many kinds
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        if any(isinstance(e, pickle.UnpicklingError) for e in (error, error.__cause__)):
+            reason = "it holds more than tensors, or is no weights file; save the state_dict alone, as .safetensors"
+        raise InputError(f"cannot read weights {path}: {reason}") from None
+
+
+def load_weights(model: nn.Module, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Load a weights file into a model, whole and exact; `state` is what it holds, if it was read already.
+
+    Raises:
+        InputError: see `read_weights`; weights of another architecture.
+    """
+    state = read_weights(path) if state is None else state
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (RuntimeError, AttributeError) as error:
+        raise InputError(f"{path} does not fit the architecture: {_one_line(error, last=True)}") from None
+    if missing or unexpected:
+        raise InputError(
+            f"{path} is of another architecture: {len(missing)} tensors missing (first: {missing[:1]}), "
+            f"{len(unexpected)} unexpected (first: {unexpected[:1]})"
+        )
+
+
+def find_model(path: str) -> Path:
+    """The exported model folder meant by a path: a run folder's `model/`, or a folder with config.json itself.
+
+    Raises:
+        InputError: neither is there.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise InputError(f"{path} holds no exported model: no such folder; make that run first, or name another")
+    for candidate in (folder / "model", folder):
+        if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
+            return candidate
+    hint = f"; {folder / 'best'} has one" if (folder / "best" / "config.json").is_file() else ""
+    raise InputError(f"{path} holds no exported model (model/model.safetensors and config.json){hint}")
+
+
+def load_folder(folder: Path, trained: bool = True) -> nn.Module:
+    """A model with its weights from an export, or as it was before any training.
+
+    Raises:
+        InputError: broken config, unknown architecture, or weights that are truncated or do not fit.
+    """
+    try:
+        model = timm.create_model(f"local-dir:{folder}")
+    except Exception as error:
+        raise InputError(f"cannot build the model of {folder}: {type(error).__name__}: {_one_line(error)}") from None
+    if trained:
+        load_weights(model, folder / "model.safetensors")
+    return model
+
+
+def export(model: nn.Module, folder: Path) -> None:
+    """Write model.safetensors and config.json into `folder`, complete or as it was before."""
+    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other layout
+    with replacing_folder(folder) as beside:
+        save_for_hf(model, beside, model_args=getattr(model, "w2s_args", None), safe_serialization=True)
+
+
+def _one_line(error: Exception, last: bool = False) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return (lines[-1] if last else lines[0])[:300]

@@ -1,0 +1,210 @@
+"""What a run leaves behind: metrics.csv, summary.json, and the values that trackers get."""
+
+import contextlib
+import csv
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from w2s.crossing import best_value, crossings, target_key
+
+COLUMNS = (
+    *("epoch", "update", "samples", "train_seconds", "total_seconds", "teacher_seconds", "pflops", "lr"),
+    *("kd_weight", "kd_temperature", "kd_active", "train_loss", "task_loss", "kd_loss"),
+)
+
+
+TRACKER_AXES = ("epoch", "train_seconds", "pflops")  # the x-axes that curves are drawn over in a dashboard
+
+
+class RunRecord:
+    """The rows of a run and what follows from them: metrics.csv, summary.json, crossings, tracker values.
+
+    Everything but the rows is derived, so a resumed run continues by handing back the rows of its checkpoint.
+
+    Args:
+        folder: the run folder, or None to keep nothing (other ranks, a dry run).
+        metric: the reported metric that targets and `best` speak of.
+        mode: "max" or "min".
+        targets: tau values fixed before the run.
+        reported: names of all reported metrics, `metric` among them; `switch_<metric>` is added.
+        facts: everything else that summary.json holds (task, name, seed, teacher, environment, ...).
+        log: called with (values, update) after each row, for trackers.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        metric: str,
+        mode: str,
+        targets: list[float],
+        reported: tuple[str, ...],
+        facts: dict,
+        log: Callable[[dict, int], None] | None = None,
+    ) -> None:
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+        self.folder, self.metric, self.mode, self.targets, self.facts, self.log = (
+            folder, metric, mode, targets, dict(facts), log,
+        )  # fmt: skip
+        self.columns = (*COLUMNS, *reported, f"switch_{metric}")
+        self.rows: list[dict] = []
+
+    def add(self, **row: float | None) -> bool:
+        """Append one evaluation and write it down; a repeated update replaces the row before it.
+
+        Returns:
+            Whether the metric is the best so far (the first of equals).
+
+        Raises:
+            ValueError: the row is out of order or has an unknown column.
+        """
+        if unknown := set(row) - set(self.columns):
+            raise ValueError(f"unknown columns {sorted(unknown)}")
+        if self.rows and row["update"] < self.rows[-1]["update"]:
+            raise ValueError(f"evaluation at update {row['update']} comes after {self.rows[-1]['update']}")
+        repeated = bool(self.rows) and row["update"] == self.rows[-1]["update"]
+        if repeated:
+            self.rows.pop()
+        before = best_value(self.rows, self.metric, self.mode)
+        self.rows.append(row)
+        value = best_value([row], self.metric, self.mode)
+        is_best = value is not None and (before is None or (value > before if self.mode == "max" else value < before))
+        if self.folder:
+            if repeated:
+                self.rewrite()
+            else:
+                self._append(row)
+            self.write_summary()
+        if self.log:
+            self.log(self.tracker_values(row), row["update"])
+        return is_best
+
+    def rewrite(self, rows: list[dict] | None = None) -> None:
+        """Write metrics.csv anew, from the rows of a checkpoint where given: later and half-written lines go."""
+        if rows is not None:
+            self.rows = list(rows)
+        if self.folder:
+            with replacing(self.folder / "metrics.csv") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(self.columns)
+                writer.writerows([_cell(row.get(c)) for c in self.columns] for row in self.rows)
+
+    def _append(self, row: dict) -> None:
+        if not (self.folder / "metrics.csv").exists():
+            self.rewrite()
+            return
+        with open(self.folder / "metrics.csv", "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([_cell(row.get(c)) for c in self.columns])
+            file.flush()
+            os.fsync(file.fileno())
+
+    def summary(self) -> dict:
+        """What summary.json holds."""
+        targets = {}
+        for target in self.targets:
+            first, confirmed = crossings(self.rows, self.metric, target, self.mode)
+            targets[target_key(target)] = {"first": first, "confirmed": confirmed}
+        return {
+            **self.facts,
+            "metric": self.metric,
+            "mode": self.mode,
+            "best": best_value(self.rows, self.metric, self.mode),
+            "last": self.rows[-1].get(self.metric) if self.rows else None,
+            "targets": targets,
+        }
+
+    def write_summary(self, **facts: object) -> None:
+        """Update the facts and write summary.json; complete or as it was before."""
+        self.facts.update(facts)
+        if self.folder:
+            with replacing(self.folder / "summary.json") as file:
+                json.dump(_finite(self.summary()), file, indent=2, allow_nan=False)
+                file.write("\n")
+
+    def tracker_values(self, row: dict) -> dict:
+        """A row as tracker scalars: `eval/NAME`, and the metrics again under one prefix for each other x-axis."""
+        known = {k: v for k, v in row.items() if v is not None}
+        teacher, switch = self.facts.get("teacher"), known.get(f"switch_{self.metric}")
+        if teacher and switch is not None:  # how much better the teacher is on the switch split; below 0: surpassed
+            known["teacher_gap"] = (teacher["switch"] - switch) * (1 if self.mode == "max" else -1)
+        metrics = {k: v for k, v in known.items() if k not in COLUMNS}
+        values = {axis: known[axis] for axis in TRACKER_AXES if axis in known}
+        values |= {f"eval/{k}": v for k, v in known.items() if k not in TRACKER_AXES}
+        for axis in TRACKER_AXES[1:]:
+            values |= {f"by_{axis}/{k}": v for k, v in metrics.items()}
+        return values
+
+    def tracker_summary(self) -> dict:
+        """Final values of a run for a tracker's summary: best, last, crossings on each axis (absent if censored), the
+        teacher's scores and where and why it fell silent."""
+        summary = self.summary()
+        values = {"best": summary["best"], "last": summary["last"]}
+        values |= {f"teacher/{split}": (summary.get("teacher") or {}).get(split) for split in ("switch", "report")}
+        values |= {f"kd_off/{key}": value for key, value in (summary.get("kd_off") or {}).items()}
+        for tau, kinds in summary["targets"].items():
+            for kind, crossing in kinds.items():
+                values |= {f"{kind}@{tau}/{axis}": v for axis, v in (crossing or {}).items()}
+        return {k: v for k, v in values.items() if v is not None}
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.csv: floats, None for an empty cell.
+
+    Raises:
+        ValueError: a line has another number of cells than the header, or a cell is no number; the line is named.
+    """
+    try:
+        with open(path, newline="") as file:
+            lines = list(csv.reader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from None
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    header, rows = lines[0], []
+    if "update" not in header:
+        raise ValueError(f"{path} line 1: no column 'update' in the header")
+    for number, line in enumerate(lines[1:], start=2):
+        if len(line) != len(header):
+            raise ValueError(f"{path} line {number}: {len(line)} cells where the header has {len(header)}")
+        try:
+            rows.append({name: float(cell) if cell else None for name, cell in zip(header, line, strict=True)})
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: {error}") from None
+        if rows[-1]["update"] is None or not math.isfinite(rows[-1]["update"]):
+            raise ValueError(f"{path} line {number}: no update")
+    return rows
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w", suffix: str = ".partial") -> Iterator:
+    """Open a file, text or ("wb") binary, that takes the place of `path` only once it is written whole and on disk.
+
+    Until then its name has the `suffix`, which must differ between processes that may write it at the same time.
+    """
+    beside = path.with_name(path.name + suffix)
+    try:
+        with open(beside, mode, newline="" if mode == "w" else None) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return repr(value) if type(value) is int else repr(float(value))  # repr round-trips a float exactly
+
+
+def _finite(value: object) -> object:
+    """JSON knows no NaN or infinity: null instead."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

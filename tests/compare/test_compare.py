@@ -582,40 +582,6 @@ def test_arms_that_cannot_be_told_apart_or_found_are_refused(tmp_path, arms, cap
         check_refused(tmp_path, capsys, [*words, *out], message)
 
 
-def test_watch_refreshes_until_all_runs_are_finished(tmp_path, arms, capsys, monkeypatch):
-    base, treated = arms
-    complete = {folder: (folder / "metrics.csv").read_text() for folder in treated}
-    for folder in treated:
-        drop_rows(folder, 2)
-        spoil_summary(folder, status="running")
-    (treated[2] / "summary.json").unlink()  # not yet begun
-    waits = []
-
-    def wait(seconds: float) -> None:
-        waits.append((seconds, json.loads((tmp_path / "out" / "speedup.json").read_text())))
-        for folder, text in complete.items():
-            (folder / "metrics.csv").write_text(text)
-        write_run(tmp_path / "again", TREATED[2], seconds=14.0, seed=2, teacher=TEACHER, kd_off=KD_OFF)
-        (tmp_path / "again" / "summary.json").rename(treated[2] / "summary.json")
-        for folder in treated:
-            spoil_summary(folder, status="finished", name=folder.name)
-
-    monkeypatch.setattr("w2s.compare.__main__.time.sleep", wait)
-    result = result_of(tmp_path, base, treated, "--watch", 5)
-    (seconds, early), *later = waits
-    assert (seconds, later) == (5, [])
-    assert early["going"] == ["w2s-0", "w2s-1"]
-    assert early["targets"]["60"]["treated"]["epoch"]["runs"] == [2, 2]
-    assert result["targets"]["60"]["treated"]["epoch"]["runs"] == [2, 2, 3]
-    assert "going" not in result
-    assert "2 runs going, 1 not yet to be read; next look in 5 s" in capsys.readouterr().out
-
-
-def test_watch_stops_at_a_run_that_failed(tmp_path, arms, capsys):
-    spoil_summary(arms[0][0], status="failed")
-    check_refused(tmp_path, capsys, command(*arms, tmp_path / "out", "--watch", 1), "its status is 'failed'")
-
-
 def test_the_comparison_is_logged_as_a_run_of_its_own(tmp_path, arms, drawing):
     result_of(tmp_path, *arms, "--log-with", "wandb", "--group", "digits-group")
     logged = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("wandb/offline-run-*/run-*.wandb"))

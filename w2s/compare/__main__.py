@@ -9,7 +9,6 @@ import glob
 import json
 import shlex
 import sys
-import time
 from pathlib import Path
 
 from w2s.compare.report import draw_curves, write_html, write_report
@@ -55,9 +54,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="arms differ in their teachers: draw speedup against the teacher's gap, too",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the four files go")
-    parser.add_argument(
-        "--watch", nargs="?", const=30.0, type=float, metavar="SECONDS", help="refresh until all runs are finished (30)"
-    )
     parser.add_argument("--log-with", choices=["wandb"], help="log table and curves as a run of its own")
     parser.add_argument("--project", default="w2s", help="W&B project (w2s)")
     parser.add_argument("--group", help="W&B group (default: that of the runs, else the folder in --out)")
@@ -76,7 +72,7 @@ def find_arms(args: argparse.Namespace) -> dict[str, list[Path]]:
         if not name or not pattern or name in RESERVED:
             raise ValueError(f"--arm {text}: takes NAME=GLOB" + f"; {name} is no free name" * (name in RESERVED))
         folders = [Path(path) for path in sorted(glob.glob(pattern))]
-        if not folders and not args.watch:
+        if not folders:
             raise ValueError(f"--arm {text}: no such folder")
         arms[name] = arms.get(name, []) + folders
     if len(arms) < 2:
@@ -85,34 +81,6 @@ def find_arms(args: argparse.Namespace) -> dict[str, list[Path]]:
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise ValueError(f"{twice[0]} is given twice")
     return arms
-
-
-def watch(args: argparse.Namespace, command: str) -> None:
-    """Write the files again and again, from the runs there are, until all are finished."""
-    while True:
-        arms, waiting = {}, 0
-        for arm, folders in find_arms(args).items():
-            arms[arm] = []
-            for folder in folders:
-                try:
-                    arms[arm].append(read_run(folder, unfinished=True))
-                except (ValueError, OSError) as error:
-                    if "status is 'failed'" in str(error):
-                        raise
-                    waiting += 1  # not begun, or in the middle of writing a line
-            waiting += not folders
-        going = [run.folder.name for group in arms.values() for run in group if not run.finished]
-        if not going and not waiting:
-            return
-        if all(arms.values()):
-            runs = [run for group in arms.values() for run in group]
-            result = compare(arms, choose_targets(runs, args.target), args.margin, args.allow, going=True)
-            if args.strength:
-                result["strength"] = strength_points(result, arms)
-            result["going"] = going
-            print(write_all(result, arms, args.out, command), flush=True)
-        print(f"{len(going)} runs going, {waiting} not yet to be read; next look in {args.watch:g} s", flush=True)
-        time.sleep(args.watch)
 
 
 def check_wandb() -> None:
@@ -155,8 +123,6 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         if args.log_with:
             check_wandb()
-        if args.watch:
-            watch(args, command)
         arms = {arm: [*map(read_run, folders)] for arm, folders in find_arms(args).items()}
         targets = choose_targets([run for group in arms.values() for run in group], args.target)
         result = compare(arms, targets, args.margin, args.allow)

@@ -187,7 +187,6 @@ def _conditions(result: dict, arms: dict[str, list[Run]]) -> list[Part]:
     places = dict.fromkeys(", ".join(f"{key} {value}" for key, value in place) for place in places)
     facts += [f"Hardware and software{', not the same for all runs' * (len(places) > 1)}: {'; '.join(places)}"]
     facts += [f"Differs by leave of --allow: {line}" for line in result["differences"]]
-    facts += [f"Still going: {name}" for name in result.get("going", [])]
     rule = (
         f"first@tau is the first evaluation with {metric} {sign} tau; confirmed, the first of two in a row. A run "
         "without one is censored: shown as `> E`, E its last evaluation, and infinite in medians. The speedup is the "

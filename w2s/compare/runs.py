@@ -34,17 +34,13 @@ class Run(NamedTuple):
     def seed(self) -> int | None:
         return self.summary.get("seed")
 
-    @property
-    def finished(self) -> bool:
-        return self.summary["status"] == "finished"
 
-
-def read_run(folder: Path, unfinished: bool = False) -> Run:
+def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        ValueError: a file is missing or malformed, the run is empty or, unless allowed, unfinished, or metrics.csv and
-            summary.json do not tell the same story.
+        ValueError: a file is missing or malformed, the run is empty or unfinished, or metrics.csv and summary.json
+            contradict each other.
     """
     metrics, facts, options = folder / "metrics.csv", folder / "summary.json", folder / "args.yaml"
     for path in (folder, metrics, facts, options):
@@ -59,7 +55,7 @@ def read_run(folder: Path, unfinished: bool = False) -> Run:
             raise ValueError(f"{facts}: {key!r} is missing or malformed")
     if summary["mode"] not in ("max", "min"):
         raise ValueError(f"{facts}: 'mode' is neither max nor min")
-    if summary["status"] != "finished" and not (unfinished and summary["status"] != "failed"):
+    if summary["status"] != "finished":
         raise ValueError(f"{folder} is not a finished run: its status is {summary['status']!r}")
     rows = read_metrics(metrics)
     if not rows:
@@ -70,8 +66,7 @@ def read_run(folder: Path, unfinished: bool = False) -> Run:
         raise ValueError(f"{metrics} has a row without epoch or update")
     rows = [row for _, row in sorted({row["update"]: row for row in rows}.items())]
     run = Run(folder, summary, rows, _read_options(options))
-    if run.finished:
-        _check_story(run)
+    _check_story(run)
     return run
 
 
@@ -134,13 +129,12 @@ def _teaching(run: Run) -> dict:
     return same | {"teacher": folder and folder.name}
 
 
-def check_comparable(arms: dict[str, list[Run]], allow: tuple[str, ...] = (), going: bool = False) -> list[str]:
+def check_comparable(arms: dict[str, list[Run]], allow: tuple[str, ...] = ()) -> list[str]:
     """See that the arms differ in nothing but the teacher, and that their runs can be paired by seed.
 
     Args:
         arms: the runs of each arm, the reference first.
         allow: names of settings that may differ all the same; "grid" and "seeds" too.
-        going: runs may still be going: seeds may be missing and grids be cut short.
 
     Returns:
         What differs by leave of `allow`, a line each.
@@ -161,11 +155,11 @@ def check_comparable(arms: dict[str, list[Run]], allow: tuple[str, ...] = (), go
             one, other = common.get(name), settings(run).get(name)
             if one != other:
                 found.setdefault(name, f"{name}: {one!r} in {first.folder}, {other!r} in {run.folder}")
-        if not _same_grid(first, run, going):
+        if grid(first) != grid(run):
             found.setdefault("grid", f"the epochs of their evaluations: {first.folder}, {run.folder}")
     for arm, group in arms.items():
-        _check_arm(arm, group, going)
-    if not going and (missing := _missing_seeds(arms)):
+        _check_arm(arm, group)
+    if missing := _missing_seeds(arms):
         found["seeds"] = missing
     if refused := [name for name in found if name not in allow]:
         others = f" (and in {', '.join(refused[1:])})" if refused[1:] else ""
@@ -174,7 +168,7 @@ def check_comparable(arms: dict[str, list[Run]], allow: tuple[str, ...] = (), go
     return list(found.values())
 
 
-def _check_arm(arm: str, group: list[Run], going: bool) -> None:
+def _check_arm(arm: str, group: list[Run]) -> None:
     """Within an arm the teacher and its phase are the same too, the grid without exception, and each seed is new."""
     first, seeds = group[0], [run.seed for run in group]
     for run in group:
@@ -185,13 +179,8 @@ def _check_arm(arm: str, group: list[Run], going: bool) -> None:
         if name := next((name for name in one | other if one.get(name) != other.get(name)), None):
             values = f"{one.get(name)!r} in {first.folder}, {other.get(name)!r} in {run.folder}"
             raise ValueError(f"the runs of arm {arm} differ in {name}: {values}")
-        if not _same_grid(first, run, going):
+        if grid(first) != grid(run):
             raise ValueError(f"the runs differ in the epochs of their evaluations: {first.folder}, {run.folder}")
-
-
-def _same_grid(one: Run, other: Run, going: bool) -> bool:
-    pairs = zip(grid(one), grid(other), strict=False)
-    return (going or len(one.rows) == len(other.rows)) and all(a == b for a, b in pairs)
 
 
 def _missing_seeds(arms: dict[str, list[Run]]) -> str:

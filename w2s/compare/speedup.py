@@ -14,7 +14,6 @@ def compare(
     targets: list[float],
     margin: float | None = None,
     allow: tuple[str, ...] = (),
-    going: bool = False,
 ) -> dict:
     """Crossings, medians, speedups and their uncertainty, final metrics and costs of arms, the reference first.
 
@@ -23,7 +22,6 @@ def compare(
         targets: tau values.
         margin: how much worse the metric may end to count as non-inferior.
         allow: settings in which the runs may differ.
-        going: take runs that are still going.
 
     Raises:
         ValueError: the runs may not be compared; see `check_comparable`.
@@ -34,7 +32,7 @@ def compare(
         first of them again as `targets[tau]["speedup"]` and `["lower_bound"]`; `gain[arm]["final" and "best"]`;
         `costs[arm]`; task, metric, mode; `arms[arm]`. None: censored, infinite, not recorded or not defined.
     """
-    differences = check_comparable(arms, allow, going)
+    differences = check_comparable(arms, allow)
     reference, *others = arms
     metric, mode = (arms[reference][0].summary[key] for key in ("metric", "mode"))
     worst = -math.inf if mode == "max" else math.inf  # a run that ends in NaN takes part in the median

@@ -25,19 +25,18 @@ def verdict(result: dict, arms: dict[str, list[Run]]) -> str:
     """
     metric, sign, reference = result["metric"], ">=" if result["mode"] == "max" else "<=", result["reference"]
     unit, arm = progress_axis(result), next(iter(result["gain"]))
-    going = "Still going; so far: " if result.get("going") else ""
     entries = {tau: entry["versus"][arm] for tau, entry in result["targets"].items()}
     ended = _gain_text(result["gain"][arm]["final"], f"final {metric}")
     reached = [tau for tau, v in entries.items() if v[unit]["speedup"] or v[unit]["lower_bound"]]
     if not reached:
-        return f"{going}{arm} shows no speedup over {reference}, for no target is reached by its median; {ended}."
+        return f"{arm} shows no speedup over {reference}, for no target is reached by its median; {ended}."
     tau = reached[-1]
     after, before = (result["targets"][tau][name][unit] for name in (arm, reference))
     instead = number(before["median"]) if before["median"] is not None else "never within the run"
     claims = " and ".join(_claim(entries[tau][axis], AXIS_NAMES[axis]) for axis in (unit, "train_seconds"))
     counts = f"medians of {len(arms[reference])} and {len(arms[arm])} runs"
     return (
-        f"{going}{arm} reaches {metric} {sign} {tau} at {unit} {number(after['median'])} instead of {instead} "
+        f"{arm} reaches {metric} {sign} {tau} at {unit} {number(after['median'])} instead of {instead} "
         f"({counts}); paired by seed, {claims}; {ended}."
     )
 

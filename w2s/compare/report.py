@@ -39,7 +39,7 @@ def sections(result: dict, arms: dict[str, list[Run]], command: str) -> list[Sec
         found.append((f"first@{tau}{late}", _target_parts(result, entry, arms)))
     metric = result["metric"]
     pairs = [(kind, arm) for kind in ("final", "best") for arm in arms]
-    header = ["", "arm", "each run", "median", "min to max", "olympic mean"]
+    header = ["", "arm", "each run", "median", "min to max"]
     rows = [[kind, arm, *_cells(result[kind][arm], [None] * len(arms[arm]))] for kind, arm in pairs]
     gains = [[kind, arm, *_gain_cells(gain)] for arm, kinds in result["gain"].items() for kind, gain in kinds.items()]
     margin = f"margin {number(result['margin'])}"
@@ -102,7 +102,7 @@ def _paired_cell(versus: dict) -> str:
 
 
 def _target_parts(result: dict, entry: dict, arms: dict[str, list[Run]]) -> list[Part]:
-    header = ["", "arm", "each run", "median", "min to max", "olympic mean"]
+    header = ["", "arm", "each run", "median", "min to max"]
     rows = [
         [f"{kind}, {AXIS_NAMES[axis]}", arm, *_cells(part[arm][axis], [run.rows[-1].get(axis) for run in group])]
         for axis in (progress_axis(result), "train_seconds")
@@ -136,14 +136,14 @@ def _versus_cells(versus: dict) -> list[str]:
     ]
 
 
-def _cells(spread: dict, last: list[float | None]) -> list[str]:
-    """Each run, median, range, olympic mean as text; a censored run is shown as `> E`, E taken from `last`."""
-    pairs = [("> ", e) if v is None and e is not None else ("", v) for v, e in zip(spread["runs"], last, strict=True)]
+def _cells(summary: dict, last: list[float | None]) -> list[str]:
+    """Each run, median and range as text; a censored run is shown as `> E`, E taken from `last`."""
+    pairs = [("> ", e) if v is None and e is not None else ("", v) for v, e in zip(summary["runs"], last, strict=True)]
     known = sorted(pair for pair in pairs if pair[1] is not None)
-    floored = spread["median"] is None and len(known) == len(pairs)
-    middle = ("> ", median(value for _, value in known)) if floored else ("", spread["median"])
+    floored = summary["median"] is None and len(known) == len(pairs)
+    middle = ("> ", median(value for _, value in known)) if floored else ("", summary["median"])
     each, middle, ends = ([mark + number(v) for mark, v in x] for x in (pairs, [middle], [*known[:1], *known[-1:]]))
-    return [", ".join(each), *middle, " to ".join(dict.fromkeys(ends)) or "n/a", number(spread["olympic"])]
+    return [", ".join(each), *middle, " to ".join(dict.fromkeys(ends)) or "n/a"]
 
 
 def _cost_parts(result: dict, arms: dict[str, list[Run]]) -> list[Part]:

@@ -3,7 +3,7 @@
 import math
 
 from w2s.compare.runs import Run, check_comparable, teacher_run
-from w2s.compare.stats import interval, non_inferior, ratio_of_pairs, sign_flip_p, spread
+from w2s.compare.stats import interval, non_inferior, ratio_of_pairs, sign_flip_p, summarise
 from w2s.crossing import AXES, best_value, crossings, target_key
 
 COST_AXES = ("train_seconds", "total_seconds", "pflops")  # what a teacher's training is paid in, too
@@ -28,8 +28,8 @@ def compare(
 
     Returns:
         What speedup.json holds: `targets[tau][arm][axis]`, `targets[tau]["confirmed"][arm][axis]`, `final[arm]` and
-        `best[arm]`, each a `spread`; `targets[tau]["versus"][arm]` for each arm but the reference, and that of the
-        first of them again as `targets[tau]["speedup"]` and `["lower_bound"]`; `gain[arm]["final" and "best"]`;
+        `best[arm]`, as `summarise` gives them; `targets[tau]["versus"][arm]` for each arm but the reference, and that
+        of the first of them again as `targets[tau]["speedup"]` and `["lower_bound"]`; `gain[arm]["final" and "best"]`;
         `costs[arm]`; task, metric, mode; `arms[arm]`. None: censored, infinite, not recorded or not defined.
     """
     differences = check_comparable(arms, allow)
@@ -44,7 +44,7 @@ def compare(
         ends = {"final": [_or(run.rows[-1][metric], worst) for run in group]}
         ends["best"] = [_or(best_value(run.rows, metric, mode), worst) for run in group]
         for kind, values in ends.items():
-            result[kind][arm] = spread(values)
+            result[kind][arm] = summarise(values)
             if arm != reference:
                 pairs = _paired(arms, arm, *(result[kind][name]["runs"] for name in (reference, arm)))
                 result["gain"][arm][kind] = _gain(pairs, mode, margin)
@@ -78,8 +78,8 @@ def _at_target(arms: dict[str, list[Run]], target: float, metric: str, mode: str
     found = {arm: [_crossing_costs(run, metric, target, mode) for run in group] for arm, group in arms.items()}
     entry: dict = {"speedup": {}, "lower_bound": {}, "confirmed": {}, "versus": {}}
     for arm, runs in found.items():
-        entry[arm] = {axis: spread([run[axis]["first"] for run in runs]) for axis in AXES}
-        entry["confirmed"][arm] = {axis: spread([run[axis]["confirmed"] for run in runs]) for axis in AXES}
+        entry[arm] = {axis: summarise([run[axis]["first"] for run in runs]) for axis in AXES}
+        entry["confirmed"][arm] = {axis: summarise([run[axis]["confirmed"] for run in runs]) for axis in AXES}
     for arm in others:
         teacher = result["costs"][arm]["teacher_training"]
         entry["versus"][arm] = {}
@@ -116,8 +116,8 @@ def _versus(pairs: list[tuple[dict, dict]], before: list[dict], after: list[dict
     true one, also where an even number of runs takes the mean of a crossed and a censored one. The p-value takes such
     a run there too, and two censored runs of a pair as equal: swapping the arms of a pair swaps these values as well.
     """
-    middles = [spread([run[key] for run in runs])["median"] for runs, key in ((before, "first"), (after, "first"))]
-    floor = spread([run["floor"] for run in before])["median"]
+    middles = [summarise([run[key] for run in runs])["median"] for runs, key in ((before, "first"), (after, "first"))]
+    floor = summarise([run["floor"] for run in before])["median"]
     late = [b["first"] == a["first"] == math.inf for b, a in pairs]
     known = all(math.isfinite(side["floor"]) and side["floor"] > 0 for pair in pairs for side in pair)
     logs = [

@@ -17,20 +17,27 @@ RESAMPLES = 10_000
 EXACT_UP_TO = 16  # pairs: 65,536 ways to flip the signs
 
 
-def spread(values: list[float]) -> dict:
-    """Runs, median, extremes and olympic mean. Infinity takes part (censored, diverged); NaN (not recorded) decides.
+def summarise(values: list[float]) -> dict:
+    """The values of all runs with their median, minimum and maximum, as speedup.json holds them.
 
-    Both are written None: in the median of 3, None, None, for example, and as the maximum of them.
+    Args:
+        values: one number per run; infinite where the run is censored or diverged, NaN where nothing was recorded.
+
+    Returns:
+        `{"runs", "median", "min", "max"}`, in which None stands for every number that is not finite. Infinite values
+        take part in the median; one NaN makes the median and both extremes None.
     """
-    known = not any(map(math.isnan, values))
-    numbers = [median(values), min(values), max(values), olympic_mean(values)] if known else [math.nan] * 4
-    *runs, middle, low, high, olympic = (x if math.isfinite(x) else None for x in (*values, *numbers))
-    return {"runs": runs, "median": middle, "min": low, "max": high, "olympic": olympic}
+    recorded = not any(math.isnan(value) for value in values)
+    return {
+        "runs": [_finite_or_none(value) for value in values],
+        "median": _finite_or_none(median(values)) if recorded else None,
+        "min": _finite_or_none(min(values)) if recorded else None,
+        "max": _finite_or_none(max(values)) if recorded else None,
+    }
 
 
-def olympic_mean(values: list[float]) -> float:
-    """The mean without the best and the worst value, as MLPerf scores its runs; NaN for fewer than three."""
-    return math.fsum(sorted(values)[1:-1]) / (len(values) - 2) if len(values) > 2 else math.nan
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def interval(differences: list[float], level: float = 0.95, seed: int = 0) -> dict | None:

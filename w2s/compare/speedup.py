@@ -3,7 +3,7 @@
 import math
 
 from w2s.compare.runs import Run, check_comparable, teacher_run
-from w2s.compare.stats import interval, non_inferior, ratio_of_pairs, sign_flip_p, summarise
+from w2s.compare.stats import interval, non_inferiority, ratio_of_pairs, sign_flip_p, summarise
 from w2s.crossing import AXES, best_value, crossings, target_key
 
 COST_AXES = ("train_seconds", "total_seconds", "pflops")  # what a teacher's training is paid in, too
@@ -69,7 +69,7 @@ def _gain(pairs: list[tuple], mode: str, margin: float | None) -> dict:
         "mean": math.fsum(gains) / len(gains) if whole else None,
         "interval": found and [found["low"], found["high"]],
         "p": sign_flip_p(gains) if whole else None,
-        "verdict": None if margin is None else non_inferior(found, margin),
+        "verdict": None if margin is None else non_inferiority(found, margin),
     }
 
 

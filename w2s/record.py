@@ -18,6 +18,13 @@ COLUMNS = (
 
 TRACKER_AXES = ("epoch", "train_seconds", "pflops")  # the x-axes that curves are drawn over in a dashboard
 
+# options of the training scripts that change neither the training nor its result: they may differ between the runs of a
+# comparison, and between a run and its resumption
+BOOKKEEPING_OPTIONS = (
+    *("config", "output", "name", "resume", "dry_run", "eval_only", "log_with", "project", "group", "log_interval"),
+    *("checkpoint_hist", "recovery_interval", "check_images", "validation_batch_size", "fd_cache"),
+)
+
 
 class RunRecord:
     """The rows of a run and what follows from them: metrics.csv, summary.json, crossings, tracker values.

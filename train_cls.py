@@ -14,7 +14,8 @@ Without --teacher this trains a baseline, which is also how a teacher is made.
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,13 +23,13 @@ import torch.nn.functional as F
 from timm.data import Mixup, resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from w2s.controls import Control, make_control, untrain
-from w2s.distillation import score_teacher
+from w2s.distillation import Distillation
 from w2s.engine.errors import InputError
-from w2s.engine.optim import build_optimizer, scaled_lr
+from w2s.engine.main import call_main
+from w2s.engine.optim import build_ema, build_optimizer, scaled_lr
 from w2s.engine.options import (
     KeyValues,
     Parser,
@@ -37,29 +38,30 @@ from w2s.engine.options import (
     add_optimizer_options,
     add_run_options,
     add_switch,
-    backend,
-    early_phase,
+    add_training_options,
+    add_weights_options,
+    check_targets,
     not_negative,
-    parse_targets,
     positive_int,
+    run_name,
     share,
 )
-from w2s.engine.run import Run, call_main
-from w2s.engine.training import Job, count_flops, grid_point, wide
+from w2s.engine.plan import accumulation_dtype, count_flops, grid_point, plan_updates
+from w2s.engine.run import Run
+from w2s.engine.teaching import early_phase, kd_window, start_distillation
+from w2s.engine.training import Job
 from w2s.images.data import ImageData, load_data
 from w2s.images.digits import DIGITS_DEFAULTS
 from w2s.images.loading import eval_loader, train_batches
 from w2s.images.models import create_model, export, find_model, load_weights, pretrained_cfg
 from w2s.images.teacher import ImageTeacher, load_teacher
 from w2s.losses import kl_softmax
-from w2s.record import RunRecord
-from w2s.teacher import Teacher
 
 METRICS = ("top1", "top5", "eval_loss")
 
 
 def build_parser() -> Parser:
-    """All options; shared groups come from w2s.engine.options."""
+    """All options; shared groups come from w2s/engine/options.py."""
     parser = Parser(__doc__)
     add_run_options(parser)
 
@@ -81,12 +83,7 @@ def build_parser() -> Parser:
     add_switch(group, "--small-stem", "3x3 stride 1 and no pooling in the stem, for small images")
     group.add_argument("--drop", type=float, metavar="P", help="dropout of the classifier")
     group.add_argument("--drop-path", type=float, metavar="P")
-    add_switch(group, "--model-ema", "evaluate, compare and export the moving average of the weights")
-    group.add_argument("--model-ema-decay", type=share, default=0.9998)
-    add_switch(group, "--model-ema-warmup", "a smaller decay at first")
-    add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
-    add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
-    group.add_argument("--torchcompile", type=backend, nargs="?", const="inductor", metavar="BACKEND")
+    add_weights_options(group)
 
     add_kd_options(
         parser,
@@ -95,12 +92,7 @@ def build_parser() -> Parser:
     )
     add_optimizer_options(parser)
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive_int, default=100)
-    group.add_argument("-b", "--batch-size", type=positive_int, default=128, metavar="N", help="per process")
-    group.add_argument("--validation-batch-size", type=positive_int, metavar="N", help="per process; decides nothing")
-    group.add_argument("--grad-accum-steps", type=positive_int, default=1, metavar="N")
-    group.add_argument("--evals-per-epoch", type=positive_int, default=1, metavar="N")
+    group = add_training_options(parser, epochs=100, batch_size=128)
     group.add_argument("--smoothing", type=share, default=0.1)
     add_switch(group, "--bce-loss", "binary cross entropy instead of softmax cross entropy")
     group.add_argument("--bce-target-thresh", type=float)
@@ -138,7 +130,9 @@ def resolve(args) -> dict:
                 setattr(args, option, value)
     args.val_split = args.val_split or "validation"
     args.hflip = 0.5 if args.hflip is None else args.hflip
-    args.name = args.name or f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
+    args.name = args.name or run_name(args)
+    if args.teacher:
+        args.kd_warmup, args.kd_hold, args.kd_decay = kd_window(args, args.epochs)
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(f"--mixup and --cutmix pair images: --batch-size {args.batch_size} must be even")
     own = create_model(args.model, 0).pretrained_cfg if ":" in args.model else pretrained_cfg(args.model)
@@ -181,7 +175,7 @@ def build_student(args, config: dict, num_classes: int) -> nn.Module:
     return student
 
 
-def task_criterion(args) -> nn.Module:
+def build_criterion(args) -> nn.Module:
     """The task's own loss, as timm's train.py chooses it."""
     mixes = args.mixup > 0 or args.cutmix > 0
     if args.bce_loss:
@@ -206,11 +200,9 @@ def build_mixup(args, num_classes: int) -> Mixup | None:
     )
 
 
-def train(
-    job: Job, stop: int, batches: Iterator, criterion: nn.Module, mixup: Mixup | None, control: Control | None = None
-) -> None:
+def train(args, job: Job, stop: int, batches: Iterator, criterion: nn.Module, mixup: Mixup | None) -> None:
     """Train until `stop` updates are done, or a signal asks to end."""
-    args, accum = job.run.args, job.run.args.grad_accum_steps
+    kd, accum = job.distillation, args.grad_accum_steps
     for _ in job.updates(stop):
         if mixup and args.mixup_off_epoch and job.epoch >= args.mixup_off_epoch:
             mixup.mixup_enabled = False
@@ -227,28 +219,25 @@ def train(
                 task_loss = criterion(logits.float(), targets)
                 kd_loss = task_loss.new_zeros(())
                 loss = task_loss
-                if job.kd_weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), teacher and student on the same pixels
-                    if control is None:
-                        teacher_logits = job.teacher(images)
-                    else:  # --kd-control: something else in its place
-                        place = job.update, micro
-                        teacher_logits = control.logits(job.teacher, images, targets, job.kd_temperature, place)
-                    kd_loss = kl_softmax(logits, teacher_logits, job.kd_temperature)
-                    loss = task_loss + job.kd_weight * kd_loss
+                if kd.weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), teacher and student on the same pixels
+                    kd_loss = kl_softmax(logits, kd.teach(images, targets=targets), kd.temperature)
+                    loss = task_loss + kd.weight * kd_loss
                 job.run.accelerator.backward(loss / accum)
             losses += torch.stack([loss, task_loss, kd_loss]).detach() / accum
-        job.step(*losses)
+        job.step(losses)
 
 
 @torch.no_grad()
-def validate(model, dataset, args, accelerator) -> dict[str, float]:
+def validate(args, run: Run, model: Callable[[Tensor], Tensor], dataset: Dataset) -> dict[str, float]:
     """top1 and top5 in percent and the cross entropy, over every image exactly once, whatever the processes.
 
     `model` is anything that maps a batch to logits: the student, its moving average, the teacher.
     """
-    sums = torch.zeros(4, dtype=wide(accelerator.device), device=accelerator.device)
+    accelerator, device = run.accelerator, run.device
+    sums = torch.zeros(4, dtype=accumulation_dtype(device), device=device)
     for images, targets in eval_loader(dataset, args, accelerator):
-        images, targets = (t.to(accelerator.device, non_blocking=True) for t in (images, targets))
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
@@ -264,128 +253,136 @@ def validate(model, dataset, args, accelerator) -> dict[str, float]:
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_loss": loss / count}
 
 
-def find_teacher(args, config: dict, data: ImageData, trained: bool = True) -> tuple[nn.Module, str]:
-    """The model of --teacher and where it comes from."""
-    return load_teacher(
-        *(args.teacher, args.teacher_model, args.teacher_kwargs),
-        *(data.num_classes, args.in_chans, config["input_size"][-1], trained),
+def evaluate_only(args, run: Run, student: nn.Module, data: ImageData) -> None:
+    """--eval-only: print the metrics of --initial-checkpoint, --pretrained or the run's own model."""
+    if not (args.initial_checkpoint or args.pretrained):
+        load_weights(student, find_model(str(run.folder)) / "model.safetensors")
+    metrics = validate(args, run, student.eval(), data.report)
+    if run.is_main:
+        print(json.dumps(metrics))
+
+
+def build_teacher(args, run: Run, data_config: dict, num_classes: int) -> ImageTeacher:
+    """The frozen teacher, fitted to the student's batches."""
+    load = partial(
+        load_teacher,
+        args.teacher,
+        model_name=args.teacher_model,
+        model_kwargs=args.teacher_kwargs,
+        num_classes=num_classes,
+        in_chans=args.in_chans,
+        img_size=data_config["input_size"][-1],
+    )
+    model, source = load()
+    if args.teacher_model and "pretrained_cfg_overlay" not in args.teacher_kwargs:
+        # a weights file says nothing of its normalisation, so it is taken to be the student's
+        model.pretrained_cfg = {**model.pretrained_cfg, "mean": data_config["mean"], "std": data_config["std"]}
+    return ImageTeacher(
+        model,
+        source=source,
+        accelerator=run.accelerator,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        channels_last=args.channels_last,
+        rebuild=lambda: load(trained=False)[0],
     )
 
 
-def set_up_teacher(args, run: Run, config: dict, data: ImageData) -> ImageTeacher:
-    """The frozen teacher, fitted to the student's batches."""
-    model, source = find_teacher(args, config, data)
-    if args.teacher_model and "pretrained_cfg_overlay" not in args.teacher_kwargs:
-        # nor of its normalisation: taken to be the student's
-        model.pretrained_cfg = {**model.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
-    return ImageTeacher(model, source, run.accelerator, config["mean"], config["std"], args.channels_last)
-
-
-def flops_of(student: nn.Module, teacher: Teacher | None, args, config: dict, images: int) -> dict:
+def flops_of(args, data_config: dict, student: nn.Module, kd: Distillation, batch: int) -> dict:
     """FLOPs of one update of the student and of the teacher's forward in it, counted on meta copies."""
 
-    def count(model: nn.Module, size, train: bool) -> int:
+    def count(model: nn.Module, size: tuple[int, int], train: bool) -> int:
         model = copy.deepcopy(model).to("meta").train(train)
-        batch = torch.empty(2, args.in_chans, *size, device="meta")
-        return count_flops(lambda: model(batch).sum().backward() if train else model(batch)) * images // 2
+        images = torch.empty(2, args.in_chans, *size, device="meta")
+        return count_flops(lambda: model(images).sum().backward() if train else model(images)) * batch // 2
 
-    result = {"student_update": count(student, config["input_size"][-2:], True)}
-    speaks = teacher and args.kd_control != "uniform"
-    result["teacher_forward"] = count(teacher.model, teacher.size, False) if speaks else 0
-    return result
+    teacher = kd.teacher
+    return {
+        "student_update": count(student, size=data_config["input_size"][-2:], train=True),
+        "teacher_forward": count(teacher.model, size=teacher.size, train=False) if kd.needs_forward else 0,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_recipe(argv)
-    config = resolve(args)
-    targets = parse_targets(args.target, "top1", 0.0, 100.0)
-    if args.teacher_score is not None:
-        parse_targets([str(args.teacher_score)], "top1", 0.0, 100.0, option="--teacher-score")
-    phase = early_phase(args, args.epochs, "max") if args.teacher else None
-    run = Run(args, "cls")
-    accelerator = run.accelerator
-    control = make_control(args, accelerator.process_index)
+    data_config = resolve(args)
+    targets = check_targets(args, metric="top1", low=0.0, high=100.0)
+    phase = early_phase(args, length=args.epochs, mode="max")
+    run = Run(args, task="cls")
 
     # data and student
-    data = load_data(args, config, args.num_classes, accelerator)
-    run.seed()
-    student = build_student(args, config, data.num_classes).to(run.device)
+    data = load_data(args, data_config, args.num_classes, run.accelerator, cache=run.options["cache"])
+    run.options["cache"] = data.cache
+    run.seed_all()
+    student = build_student(args, data_config, data.num_classes).to(run.device)
     if args.eval_only:
-        if not (args.initial_checkpoint or args.pretrained):
-            load_weights(student, find_model(str(run.folder)) / "model.safetensors")
-        metrics = validate(student.eval(), data.report, args, accelerator)
-        if run.is_main:
-            print(json.dumps(metrics))
+        evaluate_only(args, run, student, data)
         return
 
     # updates, optimiser, schedule
-    images = args.batch_size * args.grad_accum_steps * accelerator.num_processes
-    updates_per_epoch = data.samples // images
-    if updates_per_epoch == 0:
-        raise InputError(f"{data.samples} training images are fewer than one update of {images}: lower --batch-size")
-    lr = scaled_lr(args, images)
-    optimizer, scheduler = build_optimizer(args, student, lr, args.epochs, updates_per_epoch)
+    plan = plan_updates(args, run, data.samples, epochs=args.epochs)
+    lr = scaled_lr(args, plan.batch)
+    optimizer, scheduler = build_optimizer(
+        args, student, lr=lr, length=args.epochs, updates_per_unit=plan.updates_per_epoch
+    )
 
-    # teacher: loaded only while its phase lasts, never prepared
-    teacher, teacher_facts = None, run.state and run.state["teacher"]
-    if phase and run.state:
-        phase.load_state_dict(run.state["phase"])
-    if phase and data.switch is None:
-        raise InputError("--switch-split 0 leaves no images to compare student and teacher on; give a share above 0")
-    if phase and phase.active:
-        teacher = set_up_teacher(args, run, config, data)
-        teacher_facts = teacher_facts or score_teacher(
-            teacher,
-            run,
-            "top1",
-            report=lambda: validate(teacher, data.report, args, accelerator)["top1"],
-            switch=lambda: validate(teacher, data.switch, args, accelerator)["top1"],
-            error=lambda top1: math.sqrt(top1 * (100 - top1) / max(data.facts["switch"], 1)),
-        )
-        if args.kd_control == "random":
-            untrain(teacher, lambda: find_teacher(args, config, data, trained=False)[0], args.seed)
-    flops = run.state["flops"] if run.state else flops_of(student, teacher, args, config, images)
+    # the method: a frozen teacher, loaded only while its phase lasts and never prepared
+    kd = start_distillation(
+        args,
+        run,
+        plan,
+        phase=phase,
+        load=lambda: build_teacher(args, run, data_config, data.num_classes),
+        evaluate=lambda teacher, split: validate(args, run, teacher, split)["top1"],
+        report=data.report,
+        switch=data.switch,
+        metric="top1",
+        standard_error=lambda top1: math.sqrt(top1 * (100 - top1) / max(data.sizes["switch"], 1)),
+    )
+    flops = run.state["flops"] if run.state else flops_of(args, data_config, student, kd, plan.batch)
 
-    # precision, processes, compilation
+    # memory format, compilation, precision, processes
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
     if args.channels_last:
         student = student.to(memory_format=torch.channels_last)
-    ema = ModelEmaV3(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    ema = build_ema(args, student)
     if args.torchcompile:
         student.compile(backend=args.torchcompile)
-        if teacher:
-            teacher.model.compile(backend=args.torchcompile)
-    model, optimizer = accelerator.prepare(student, optimizer)
+        kd.compile(args.torchcompile)
+    model, optimizer = run.accelerator.prepare(student, optimizer)
 
-    total = min(3, updates_per_epoch) if args.dry_run else args.epochs * updates_per_epoch
     job = Job(
-        *(run, model, student, ema, optimizer, scheduler, phase, teacher, teacher_facts, flops),
-        *(updates_per_epoch, total, images, export),
-    )
-    criterion, mixup = task_criterion(args), build_mixup(args, data.num_classes)
-    job.resume()
-    job.describe(args.model, data.facts, targets, "top1", lr)
-    run.open(
-        lambda folder, facts, log: RunRecord(folder, "top1", "max", targets, METRICS, facts, log),
-        teacher=teacher_facts,
-        kd_off=job.kd_off,
+        args,
+        run,
+        plan,
+        kd,
+        student=student,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
         flops=flops,
-        params=sum(p.numel() for p in student.parameters()),
-        data=data.facts,
-        weights="ema" if ema else "raw",
+        export=export,
     )
+    job.resume()
+    job.describe(args.model, f"{args.opt} lr {lr:.4g} {args.sched}", data.sizes, targets, metric="top1")
+    facts = {**job.facts(), "data": data.sizes}
+    run.open(metric="top1", mode="max", targets=targets, reported=METRICS, facts=facts)
+
+    criterion, mixup = build_criterion(args), build_mixup(args, data.num_classes)
     accum = args.grad_accum_steps
-    batches = train_batches(data.train, args, accelerator, job.update * accum, updates_per_epoch * accum)
-    while job.update < total:
-        stop, evaluation_due = job.next_stop(grid_point(job.update, updates_per_epoch, args.evals_per_epoch))
-        train(job, stop, batches, criterion, mixup, control)
+    batches = train_batches(data.train, args, run.accelerator, job.update * accum, plan.updates_per_epoch * accum)
+    while job.update < plan.total:
+        stop, evaluation_due = job.next_stop(grid_point(job.update, plan.updates_per_epoch, args.evals_per_epoch))
+        train(args, job, stop, batches, criterion, mixup)
         with run.clock.paused():
             if evaluation_due and job.update == stop:
-                run.share_buffers(job.evaluated_model)
-                metrics = validate(job.evaluated_model.eval(), data.report, args, accelerator)
-                switch = validate(job.evaluated_model, data.switch, args, accelerator)["top1"] if job.teacher else None
-                job.evaluated(metrics, switch)
+                evaluated = job.model_to_evaluate()
+                metrics = validate(args, run, evaluated, data.report)
+                if kd.active:  # the switch-off: better than the teacher on the switch split?
+                    kd.observe(validate(args, run, evaluated, data.switch)["top1"], update=job.update)
+                job.evaluated(metrics)
             job.save()
     job.finish()
 

@@ -14,39 +14,29 @@ torchvision's reference: SGD at 0.01 (RetinaNet) or 0.02 (Faster R-CNN) for 16 i
 steps at epochs 16 and 22 of 26.
 """
 
-import argparse
 import copy
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
 from timm.layers import convert_sync_batchnorm
-from timm.utils import ModelEmaV3
 from torch import nn
 
-from w2s.controls import Control, make_control, untrain
 from w2s.detection.data import DetectionData, load_detection
 from w2s.detection.digits import keep_digits
 from w2s.detection.loading import DetectionSplit, eval_loader, train_batches
 from w2s.detection.metric import NUMBERS, draw_predictions, gather, record, shared_numbers, write_detections
-from w2s.detection.models import (
-    DETECTORS,
-    TERMS,
-    DetectorConfig,
-    build_detector,
-    export,
-    load_detector,
-    read_config,
-)
+from w2s.detection.models import DETECTORS, TERMS, DetectorConfig, build_detector, export, load_detector, read_config
 from w2s.detection.teacher import DetectorTeacher, load_detector_teacher
 from w2s.detection.terms import distillation_terms
-from w2s.distillation import score_teacher
+from w2s.distillation import Distillation
 from w2s.engine.errors import InputError
-from w2s.engine.optim import build_optimizer, scaled_lr
+from w2s.engine.main import call_main
+from w2s.engine.optim import build_ema, build_optimizer, scaled_lr
 from w2s.engine.options import (
     KeyValues,
     Parser,
@@ -54,25 +44,26 @@ from w2s.engine.options import (
     add_optimizer_options,
     add_run_options,
     add_switch,
-    backend,
-    early_phase,
+    add_training_options,
+    add_weights_options,
+    check_targets,
     natural_int,
-    parse_targets,
     positive_int,
-    share,
+    run_name,
 )
-from w2s.engine.run import Run, call_main
+from w2s.engine.plan import count_flops, grid_point, plan_updates
+from w2s.engine.run import Run
+from w2s.engine.teaching import early_phase, kd_window, start_distillation
 from w2s.engine.trackers import log_picture
-from w2s.engine.training import Job, count_flops, grid_point
+from w2s.engine.training import Job
 from w2s.images.models import find_model, load_weights
-from w2s.record import RunRecord
 
 METRICS = NUMBERS[:6]
 LR = {"retinanet": 0.01, "fasterrcnn": 0.02}  # of torchvision's reference, for a global batch of 16
 
 
 def build_parser() -> Parser:
-    """All options; shared groups come from w2s.engine.options."""
+    """All options; shared groups come from w2s/engine/options.py."""
     parser = Parser(__doc__)
     add_run_options(parser)
 
@@ -117,26 +108,14 @@ def build_parser() -> Parser:
     group.add_argument(
         "--detector-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="torchvision's"
     )
-    add_switch(group, "--model-ema", "evaluate, compare and export the moving average of the weights")
-    group.add_argument("--model-ema-decay", type=share, default=0.9998)
-    add_switch(group, "--model-ema-warmup", "a smaller decay at first")
-    add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
-    add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
-    group.add_argument(
-        "--torchcompile", type=backend, nargs="?", const="inductor", metavar="BACKEND", help="the backbone"
-    )
+    add_weights_options(group, compiled="the backbone")
 
     add_kd_options(
         parser, "a run folder, exported folder, or .safetensors/.pth file with its backbone as --teacher-model"
     )
     add_optimizer_options(parser)
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive_int, default=26)
-    group.add_argument("-b", "--batch-size", type=positive_int, default=2, metavar="N", help="per process")
-    group.add_argument("--validation-batch-size", type=positive_int, metavar="N", help="per process; decides nothing")
-    group.add_argument("--grad-accum-steps", type=positive_int, default=1, metavar="N")
-    group.add_argument("--evals-per-epoch", type=positive_int, default=1, metavar="N")
+    group = add_training_options(parser, epochs=26, batch_size=2)
     group.add_argument(
         "--switch-metric", choices=["AP50", "AP"], default="AP50", help="of --target, --teacher-score and switch-off"
     )
@@ -175,24 +154,36 @@ def resolve(args) -> DetectorConfig:
         raise InputError(f"--scale-jitter takes LOW and HIGH, got {args.scale_jitter[0]} {args.scale_jitter[1]}")
     args.min_size = args.min_size or min(800, args.max_size or 800)
     args.max_size = args.max_size or max(1333, args.min_size)
-    args.name = args.name or f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
+    args.name = args.name or run_name(args)
+    if args.teacher:
+        args.kd_warmup, args.kd_hold, args.kd_decay = kd_window(args, args.epochs)
     config = DetectorConfig(
-        *(args.detector, args.model, [], args.norm, args.strides or [], args.extra_levels, args.anchor_scale),
-        *(args.fpn_channels, args.min_size, args.max_size, args.trainable_layers),
-        *(args.model_kwargs, args.detector_kwargs),
+        detector=args.detector,
+        backbone=args.model,
+        classes=[],
+        norm=args.norm,
+        strides=args.strides or [],
+        extra_levels=args.extra_levels,
+        anchor_scale=args.anchor_scale,
+        fpn_channels=args.fpn_channels,
+        min_size=args.min_size,
+        max_size=args.max_size,
+        trainable_layers=args.trainable_layers,
+        model_kwargs=args.model_kwargs,
+        detector_kwargs=args.detector_kwargs,
     )
     args.strides, args.extra_levels, args.anchor_scale = config.strides, config.extra_levels, config.anchor_scale
     return config
 
 
-def reference_warmup(args, lr: float, updates_per_epoch: int) -> argparse.Namespace:
-    """The options with torchvision's warm-up where none is given: from lr / 1000, 1,000 updates or the first epoch."""
-    options = dict(vars(args))
+def reference_warmup(args, lr: float, updates_per_epoch: int) -> dict[str, float]:
+    """torchvision's warm-up where none is given: from lr / 1000, over 1,000 updates or the first epoch."""
+    warmup = {}
     if args.warmup_epochs is None:
-        options["warmup_epochs"] = min(1000, updates_per_epoch - 1) / updates_per_epoch
+        warmup["warmup"] = min(1000, updates_per_epoch - 1) / updates_per_epoch
     if args.warmup_lr is None:
-        options["warmup_lr"] = lr / 1000
-    return argparse.Namespace(**options)
+        warmup["warmup_lr"] = lr / 1000
+    return warmup
 
 
 def build_student(args, config: DetectorConfig) -> nn.Module:
@@ -210,9 +201,9 @@ def build_student(args, config: DetectorConfig) -> nn.Module:
     return student
 
 
-def train(job: Job, stop: int, batches: Iterator, names: tuple[str, ...], control: Control | None = None) -> None:
-    """Train until `stop` updates are done, or a signal asks to end; `names` are the distillation terms."""
-    accum = job.run.args.grad_accum_steps
+def train(args, job: Job, stop: int, batches: Iterator) -> None:
+    """Train until `stop` updates are done, or a signal asks to end."""
+    kd, accum = job.distillation, args.grad_accum_steps
     for _ in job.updates(stop):
         losses = torch.zeros(3 + len(job.terms), device=job.run.device)
         for micro in range(accum):
@@ -221,33 +212,32 @@ def train(job: Job, stop: int, batches: Iterator, names: tuple[str, ...], contro
             with job.accumulating(last=micro == accum - 1):
                 parts, seen = job.model(images, targets)  # torchvision's losses, and what the terms need
                 task_loss = sum(parts.values())
-                kd_parts = dict.fromkeys(names, task_loss.new_zeros(()))
+                kd_parts = dict.fromkeys(TERMS[args.detector], task_loss.new_zeros(()))
                 kd_loss = task_loss.new_zeros(())
                 loss = task_loss
-                if job.kd_weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), on the batch as the student resized it
-                    shown = control.shuffle_images(seen, (job.update, micro)) if control else seen  # --kd-control
-                    kd_parts = distillation_terms(seen, job.teacher(shown), job.kd_temperature)
+                if kd.weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), on the batch as the student resized it
+                    kd_parts = distillation_terms(seen, kd.teach(seen), kd.temperature)
                     kd_loss = sum(kd_parts.values())
-                    loss = task_loss + job.kd_weight * kd_loss
+                    loss = task_loss + kd.weight * kd_loss
                 job.run.accelerator.backward(loss / accum)
-            shown = seen = None  # its activations would stay through the next forward
+            seen = None  # its activations would stay through the next forward
             losses += torch.stack([loss, task_loss, kd_loss, *parts.values(), *kd_parts.values()]).detach() / accum
-        job.step(*losses)
+        job.step(losses)
 
 
 @torch.no_grad()
-def validate(model, split: DetectionSplit, args, accelerator) -> tuple[dict[str, float], list]:
+def validate(args, run: Run, model: Callable, split: DetectionSplit) -> tuple[dict[str, float], list]:
     """COCO's 12 numbers in percent over every image exactly once, whatever the processes; and all detections.
 
     `model` maps a list of images to detections: the student, its moving average, the teacher.
     """
     records = []
-    for images, targets in eval_loader(split, args, accelerator):
-        with accelerator.autocast():
-            detections = model(send_to_device(images, accelerator.device))
+    for images, targets in eval_loader(split, args, run.accelerator):
+        with run.accelerator.autocast():
+            detections = model(send_to_device(images, run.device))
         records += record(detections, targets)
     found = gather(records, split)
-    return shared_numbers(found, split, accelerator), found
+    return shared_numbers(found, split, run.accelerator), found
 
 
 def open_data(args, config: DetectorConfig) -> DetectionData:
@@ -280,22 +270,22 @@ def evaluate_only(args, run: Run, config: DetectorConfig, named: bool, sizes: di
             raise InputError(
                 f"{path} has {len(model.config.classes)} classes, which are not the {len(data.classes)} of the data"
             )
-    numbers, found = validate(model.to(run.device).eval(), data.report, args, run.accelerator)
+    numbers, found = validate(args, run, model.to(run.device).eval(), data.report)
     if run.is_main:
         print(json.dumps(numbers), flush=True)
         write_detections(folder / "detections.json", found, data.report)
         draw_predictions(folder / "predictions.png", found, data.report)
 
 
-def set_up_teacher(args, run: Run, student: nn.Module) -> DetectorTeacher:
+def build_teacher(args, run: Run, student: nn.Module) -> DetectorTeacher:
     """The frozen teacher, anchor by anchor in line with the student."""
     model, source = load_detector_teacher(args.teacher, args.teacher_model, args.teacher_kwargs, student.config)
-    if args.channels_last:
-        model.backbone.memory_format = torch.channels_last
-    return DetectorTeacher(model, source, run.accelerator, student, args.channels_last)
+    return DetectorTeacher(
+        model, source=source, accelerator=run.accelerator, student=student, channels_last=args.channels_last
+    )
 
 
-def flops_of(student: nn.Module, teacher: DetectorTeacher | None, data: DetectionData, images: int) -> dict:
+def flops_of(student: nn.Module, kd: Distillation, data: DetectionData, batch: int) -> dict:
     """FLOPs of one update of the student and of the teacher's forward in it, counted on two training images."""
     device = next(student.parameters()).device
     items = data.train.__getitems__([(0, position) for position in range(min(2, len(data.train)))])
@@ -306,9 +296,10 @@ def flops_of(student: nn.Module, teacher: DetectorTeacher | None, data: Detectio
         sum(losses.values()).backward()
         seen.append(outputs)
 
-    result = {"student_update": count_flops(update) * images // len(items)}
-    result["teacher_forward"] = count_flops(lambda: teacher(seen[0])) * images // len(items) if teacher else 0
-    return result
+    return {
+        "student_update": count_flops(update) * batch // len(items),
+        "teacher_forward": count_flops(lambda: kd.teacher(seen[0])) * batch // len(items) if kd.needs_forward else 0,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -317,102 +308,97 @@ def main(argv: list[str] | None = None) -> None:
     named = bool(args.name)
     config = resolve(args)
     metric = args.switch_metric
-    targets = parse_targets(args.target, metric, 0.0, 100.0)
-    if args.teacher_score is not None:
-        parse_targets([str(args.teacher_score)], metric, 0.0, 100.0, option="--teacher-score")
-    phase = early_phase(args, args.epochs, "max") if args.teacher else None
-    run = Run(args, "det")
-    accelerator = run.accelerator
-    control = make_control(args, accelerator.process_index)
+    targets = check_targets(args, metric=metric, low=0.0, high=100.0)
+    phase = early_phase(args, length=args.epochs, mode="max")
+    run = Run(args, task="det")
     if args.eval_only:
         typed = vars(parser.parse_args(argv))  # a recipe's sizes are those of a training
         sizes = {name: typed[name] for name in ("min_size", "max_size") if typed[name]}
-        evaluate_only(args, run, config, named, sizes)
+        evaluate_only(args, run, config, named=named, sizes=sizes)
         return
 
     # data and student
     data = open_data(args, config)
-    run.seed()
+    run.seed_all()
     student = build_student(args, config).to(run.device)
 
     # updates, optimiser, schedule
-    images = args.batch_size * args.grad_accum_steps * accelerator.num_processes
-    updates_per_epoch = len(data.train) // images
-    if updates_per_epoch == 0:
-        raise InputError(f"{len(data.train)} training images are fewer than one update of {images}: lower --batch-size")
-    lr = scaled_lr(args, images)
-    schedule = reference_warmup(args, lr, updates_per_epoch)
-    optimizer, scheduler = build_optimizer(schedule, student, lr, args.epochs, updates_per_epoch)
+    plan = plan_updates(args, run, len(data.train), epochs=args.epochs)
+    lr = scaled_lr(args, plan.batch)
+    optimizer, scheduler = build_optimizer(
+        args,
+        student,
+        lr=lr,
+        length=args.epochs,
+        updates_per_unit=plan.updates_per_epoch,
+        **reference_warmup(args, lr, plan.updates_per_epoch),
+    )
 
-    # teacher: loaded only while its phase lasts, never prepared
-    teacher, teacher_facts = None, run.state and run.state["teacher"]
-    if phase and run.state:
-        phase.load_state_dict(run.state["phase"])
-    if phase and data.switch is None:
-        raise InputError("--switch-split 0 leaves no images to compare student and teacher on; give a share above 0")
-    if phase and phase.active:
-        teacher = set_up_teacher(args, run, student)
-        teacher_facts = teacher_facts or score_teacher(
-            *(teacher, run, metric),
-            report=lambda: validate(teacher, data.report, args, accelerator)[0][metric],
-            switch=lambda: validate(teacher, data.switch, args, accelerator)[0][metric],
-            # roughly: as that of a share of the images
-            error=lambda score: math.sqrt(max(score, 0) * (100 - score) / data.facts["switch"]),
-        )
-        if args.kd_control == "random":
-            untrain(teacher, lambda: build_detector(teacher.model.config), args.seed)
-    flops = run.state["flops"] if run.state else flops_of(student, teacher, data, images)
+    # the method: a frozen teacher, loaded only while its phase lasts and never prepared
+    kd = start_distillation(
+        args,
+        run,
+        plan,
+        phase=phase,
+        load=lambda: build_teacher(args, run, student),
+        evaluate=lambda teacher, split: validate(args, run, teacher, split)[0][metric],
+        report=data.report,
+        switch=data.switch,
+        metric=metric,
+        # roughly: as that of a share of the images
+        standard_error=lambda score: math.sqrt(max(score, 0) * (100 - score) / data.sizes["switch"]),
+    )
+    flops = run.state["flops"] if run.state else flops_of(student, kd, data, plan.batch)
 
-    # precision, processes, compilation
+    # memory format, compilation, precision, processes
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
     if args.channels_last:
         student = student.to(memory_format=torch.channels_last)
         student.backbone.memory_format = torch.channels_last
-    ema = ModelEmaV3(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    ema = build_ema(args, student)
     if args.torchcompile:
         student.backbone.compile(backend=args.torchcompile)
-        if teacher:
-            teacher.model.backbone.compile(backend=args.torchcompile)
-    model, optimizer = accelerator.prepare(student, optimizer)
+        kd.compile(args.torchcompile)
+    model, optimizer = run.accelerator.prepare(student, optimizer)
 
-    total = min(3, updates_per_epoch) if args.dry_run else args.epochs * updates_per_epoch
-    names = TERMS[config.detector]
-    terms = (*student.losses, *(f"kd_{name}" for name in names))
     job = Job(
-        *(run, model, student, ema, optimizer, scheduler, phase, teacher, teacher_facts, flops),
-        *(updates_per_epoch, total, images, export),
-        terms=terms,
+        args,
+        run,
+        plan,
+        kd,
+        student=student,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        flops=flops,
+        export=export,
+        terms=(*student.losses, *(f"kd_{name}" for name in TERMS[args.detector])),
     )
     job.resume()
-    job.describe(f"{args.detector} {args.model}", data.facts, targets, metric, lr)
-    run.open(
-        lambda folder, facts, log: RunRecord(folder, metric, "max", targets, (*METRICS, *terms), facts, log),
-        teacher=teacher_facts,
-        kd_off=job.kd_off,
-        flops=flops,
-        params=sum(p.numel() for p in student.parameters()),
-        data=data.facts,
-        weights="ema" if ema else "raw",
-    )
+    name = f"{args.detector} {args.model}"
+    job.describe(name, f"{args.opt} lr {lr:.4g} {args.sched}", data.sizes, targets, metric=metric)
+    facts = {**job.facts(), "data": data.sizes}
+    run.open(metric=metric, mode="max", targets=targets, reported=(*METRICS, *job.terms), facts=facts)
     if run.keeps and run.is_main:
         keep_digits(Path(args.output) / "digits_det")
+
     accum = args.grad_accum_steps
-    batches = train_batches(data.train, args, accelerator, job.update * accum, updates_per_epoch * accum)
-    while job.update < total:
-        stop, evaluation_due = job.next_stop(grid_point(job.update, updates_per_epoch, args.evals_per_epoch))
-        train(job, stop, batches, names, control)
+    batches = train_batches(data.train, args, run.accelerator, job.update * accum, plan.updates_per_epoch * accum)
+    while job.update < plan.total:
+        stop, evaluation_due = job.next_stop(grid_point(job.update, plan.updates_per_epoch, args.evals_per_epoch))
+        train(args, job, stop, batches)
         with run.clock.paused():
             if evaluation_due and job.update == stop:
-                run.share_buffers(job.evaluated_model)
-                numbers, found = validate(job.evaluated_model.eval(), data.report, args, accelerator)
-                switch = (
-                    validate(job.evaluated_model, data.switch, args, accelerator)[0][metric] if job.teacher else None
-                )
-                job.evaluated({name: numbers[name] for name in METRICS}, switch)
+                evaluated = job.model_to_evaluate()
+                numbers, found = validate(args, run, evaluated, data.report)
+                if kd.active:  # the switch-off: better than the teacher on the switch split?
+                    kd.observe(validate(args, run, evaluated, data.switch)[0][metric], update=job.update)
+                job.evaluated({name: numbers[name] for name in METRICS})
                 if run.keeps and run.is_main:
                     draw_predictions(run.folder / "predictions.png", found, data.report)
-                    log_picture(accelerator, "predictions", run.folder / "predictions.png", job.update)
+                    log_picture(run.accelerator, "predictions", run.folder / "predictions.png", job.update)
             job.save()
     job.finish()
 

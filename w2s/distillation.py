@@ -1,56 +1,186 @@
-"""The method in a run."""
+"""The method in a run, as one object.
 
-import math
-from collections.abc import Callable
+The training loop of every script reads
 
-from w2s.engine.errors import InputError
+    kd = job.distillation
+    if kd.weight > 0:  # L = L_task + lambda(u) L_kd(T(u))
+        loss = task_loss + kd.weight * kl_softmax(logits, kd.teach(images, targets=targets), kd.temperature)
+
+and after an evaluation
+
+    if kd.active:
+        kd.observe(student_metric, update=update)
+
+Everything else of the method is in here: lambda(u) and T(u), the end of the window, the comparison on the switch
+split, the release of the teacher, and what a checkpoint keeps of them.
+"""
+
+from torch import Tensor
+
+from w2s.controls import Control
+from w2s.schedule import EarlyPhase
 from w2s.teacher import Teacher
 
 
-def score_teacher(
-    teacher: Teacher,
-    run: "w2s.engine.run.Run",  # noqa: F821
-    metric: str,
-    report: Callable[[], float],
-    switch: Callable[[], float],
-    mode: str = "max",
-    error: Callable[[float], float] | None = None,
-) -> dict:
-    """Measure a teacher on both splits in the student's pipeline, say what it scores, and what summary.json says of it.
+class Distillation:
+    """Teaches a student early in its training and falls silent for good. Without a phase it is inactive.
 
     Args:
-        teacher: callable like a student.
-        run: gives `--teacher-score`, which takes the place of `switch`, and the log.
-        metric: name of the metric.
-        report, switch: measure the teacher on the reporting split and on the switch split.
-        mode: "max" or "min".
-        error: the standard error of a score on the switch split, where it is known; with it comes the warning of a
-            score that is too good to be true.
+        phase: the schedule of lambda(u) and T(u), and the rule of the switch-off; None for a student alone.
+        control: what stands in for the teacher's knowledge, None for the teacher itself.
+        unit: what u counts, "epoch" or "update".
+        updates_per_epoch: converts updates to epochs.
 
-    Raises:
-        InputError: a score is not finite: its weights are broken, and nothing could ever beat it.
+    Attributes:
+        teacher: the frozen teacher while it is needed, else None.
+        score: what summary.json says of the teacher: model, switch, report, params, checkpoint; None without one.
+        weight, temperature: lambda(u) and T(u) of the update under way.
+        updates: how many updates the teacher took part in.
     """
-    reported, given = report(), run.args.teacher_score
-    score = switch() if given is None else given
-    if not (math.isfinite(reported) and math.isfinite(score)):
-        raise InputError(
-            f"the teacher from {teacher.source} scores {metric} {reported:g}, {score:g} on the switch split"
+
+    def __init__(
+        self,
+        phase: EarlyPhase | None = None,
+        control: Control | None = None,
+        unit: str = "epoch",
+        updates_per_epoch: int = 1,
+    ) -> None:
+        self.phase, self.control, self.unit, self.updates_per_epoch = phase, control, unit, updates_per_epoch
+        self.teacher: Teacher | None = None
+        self.score: dict | None = None
+        self.weight, self.temperature = 0.0, 1.0
+        self.updates = 0
+        self._update, self._micro = 0, 0  # which micro-batch of which update `teach` is asked about
+        self._seconds = 0.0  # of a teacher that was released, until they are taken
+        self._evaluation: dict | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the teacher may still speak."""
+        return self.phase is not None and self.phase.active
+
+    @property
+    def off(self) -> dict | None:
+        """Where and why the teacher fell silent: epoch, update, reason. None while it speaks and without a teacher."""
+        if self.phase is None or self.phase.active:
+            return None
+        updates_per_unit = self.updates_per_epoch if self.unit == "epoch" else 1
+        update = round(self.phase.kd_off["at"] * updates_per_unit)
+        return {"epoch": update / self.updates_per_epoch, "update": update, "reason": self.phase.reason}
+
+    @property
+    def needs_forward(self) -> bool:
+        """Whether an update costs a forward of the teacher."""
+        return self.teacher is not None and not (self.control and self.control.kind == "uniform")
+
+    def progress(self, update: int) -> float:
+        """u after so many updates."""
+        return update / self.updates_per_epoch if self.unit == "epoch" else float(update)
+
+    def advance(self, update: int) -> None:
+        """Settle lambda(u) and T(u) of this update; switch off where the window ends."""
+        self._update, self._micro = update, 0
+        if self.phase is None:
+            return
+        u = self.progress(update)
+        if self.phase.active and not self.phase.advance(u):
+            self._release()
+        self.weight, self.temperature = self.phase.weight(u), self.phase.temperature(u)
+
+    def teach(self, *inputs: object, targets: Tensor | None = None) -> object:
+        """What the student is to learn for these inputs: the teacher's outputs, or what a control puts in their place.
+
+        Args:
+            inputs: what the student saw.
+            targets: the labels of the batch, which the control `labels` needs.
+        """
+        micro, self._micro = self._micro, self._micro + 1
+        if self.control is None:
+            return self.teacher(*inputs)
+        return self.control.outputs(
+            self.teacher,
+            *inputs,
+            targets=targets,
+            temperature=self.temperature,
+            update=self._update,
+            micro=micro,
         )
-    how = "measured on the switch split" if given is None else "given by --teacher-score"
-    run.log(
-        f"teacher {teacher.name} ({teacher.params / 1e6:.2f} M) from {teacher.source}: {metric} {reported:.4g} on the "
-        f"reporting split; to beat: {score:.4g}, {how}" + (f" (standard error {error(score):.2g})" if error else "")
-    )
-    lead = score - reported if mode == "max" else reported - score
-    if given is None and error and lead > abs(reported) / 50 + 2 * error(score):
-        run.log(
-            "warning: the teacher scores clearly better on the switch split than on the reporting split; if it was "
-            "trained on that data the student may never pass it: give its held-out score with --teacher-score"
+
+    def count_update(self) -> bool:
+        """Count the update that was done; returns whether the teacher took part in it."""
+        taught = self.weight > 0
+        self.updates += int(taught)
+        return taught
+
+    def observe(self, student: float, update: int) -> None:
+        """The switch-off: compare the student's metric on the switch split with the teacher's on the same split.
+
+        A student that is strictly better at `patience` evaluations in a row has the teacher released for good.
+        """
+        u = self.progress(update)
+        self._evaluation = {
+            "kd_weight": self.phase.weight(u),
+            "kd_temperature": self.phase.temperature(u),
+            "switch": student,
+        }
+        if not self.phase.observe(student, self.score["switch"], u):
+            self._release()
+
+    def silence(self, update: int, reason: str) -> None:
+        """Switch off now, whatever the metrics say."""
+        self.phase.switch_off(self.progress(update), reason=reason)
+        self._release()
+
+    def take_evaluation(self) -> dict:
+        """What the last `observe` saw: kd_weight and kd_temperature before it, the student's metric as `switch`, and
+        kd_active after it. Zeros where the teacher was silent already."""
+        evaluation, self._evaluation = self._evaluation or {"kd_weight": 0.0}, None
+        return {**evaluation, "kd_active": int(self.active)}
+
+    def take_seconds(self) -> float:
+        """Seconds spent in the teacher since the last time this was called."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds + (self.teacher.take_seconds() if self.teacher else 0.0)
+
+    def restart_timer(self) -> None:
+        """Forget the teacher's calls so far, which were a warm-up."""
+        if self.teacher:
+            self.teacher.restart_timer()
+
+    def compile(self, backend: str) -> None:
+        """Compile the teacher with torch.compile, if there is one."""
+        if self.teacher:
+            self.teacher.compile(backend)
+
+    def _release(self) -> None:
+        """Free the teacher. It is never called again."""
+        self.weight = 0.0
+        if self.teacher:
+            self._seconds += self.teacher.take_seconds()
+            self.teacher.release()
+            self.teacher = None
+
+    def describe(self) -> str | None:
+        """One line for the start of a run; None for a student alone."""
+        if self.phase is None:
+            return None
+        if not self.active:
+            return f"distillation: over ({self.phase.reason}); the teacher is not loaded"
+        phase = self.phase
+        line = (
+            f"distillation: lambda {phase.full_weight:g} (warm-up {phase.warmup:g}, hold {phase.hold:g}, decay "
+            f"{phase.decay:g} {self.unit}s), T {phase.start_temperature:g} to {phase.end_temperature:g}; off "
+            f"({phase.off}): {phase.patience} evaluations in a row better than {self.score['switch']:.4g}"
         )
-    return {
-        "model": teacher.name,
-        "switch": score,
-        "report": reported,
-        "params": teacher.params,
-        "checkpoint": teacher.source,
-    }
+        return line + (f"; in the teacher's place: --kd-control {self.control.kind}" if self.control else "")
+
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps; the teacher's weights are not among it."""
+        phase = None if self.phase is None else self.phase.state_dict()
+        return {"phase": phase, "teacher": self.score, "kd_updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a checkpoint; a teacher that was off stays off."""
+        self.score, self.updates = state["teacher"], state["kd_updates"]
+        if self.phase is not None:
+            self.phase.load_state_dict(state["phase"])

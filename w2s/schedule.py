@@ -101,7 +101,7 @@ class EarlyPhase:
         """Switch off if the window has ended at u; call it before every update. Returns `active`."""
         if self.active and u >= self.end:
             fixed = self.off != "surpass" and u < self.window
-            self.kd_off = {"at": u, "reason": "fixed" if fixed else "window"}
+            self.switch_off(u, reason="fixed" if fixed else "window")
         return self.active
 
     def observe(self, student: float, teacher: float, u: float | None = None) -> bool:
@@ -113,8 +113,12 @@ class EarlyPhase:
             better = student > teacher if self.mode == "max" else student < teacher
             self.wins = self.wins + 1 if better else 0
             if self.wins >= self.patience:
-                self.kd_off = {"at": u, "reason": "surpass"}
+                self.switch_off(u, reason="surpass")
         return self.active
+
+    def switch_off(self, u: float | None, reason: str) -> None:
+        """End the phase at u for good."""
+        self.kd_off = {"at": u, "reason": reason}
 
     def state_dict(self) -> dict:
         """All that changes during a run."""

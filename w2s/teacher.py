@@ -1,49 +1,54 @@
-"""The frozen weaker teacher: found, built, fitted to the student's inputs, timed, scored, and let go."""
+"""The frozen teacher: a forward that costs no more than it must and is timed, and a release that frees its memory."""
 
 import gc
 import time
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 
 class Teacher:
-    """A frozen model that answers for the student's inputs, at no more than its forward's cost.
+    """A frozen model that answers for the student's inputs.
 
-    Eval mode, no gradient, in the accelerator's precision; never prepared by the accelerator, so in no checkpoint. A
-    task whose teacher needs more than its model's forward overrides `forward`.
+    It runs in eval mode, without gradients, in the accelerator's precision. It is never prepared by the accelerator,
+    so it is in no checkpoint. A task whose teacher needs more than its model's forward overrides `forward`.
 
     Args:
         model: a model with weights.
         name: its architecture, for the record.
         source: where the weights come from, for the record.
-        accelerator: gives device and autocast.
-        channels_last: memory format, as the student's.
+        accelerator: gives the device and the autocast.
+        channels_last: whether the weights take the NHWC memory format, as the student's do.
+        rebuild: makes a model of the same architecture with random weights, for `--kd-control random`.
     """
 
-    SAMPLE = 10  # every how many calls one is timed
+    TIMING_INTERVAL = 10  # one call in so many is timed
 
     def __init__(
         self,
         model: nn.Module,
         name: str,
         source: str,
-        accelerator: "accelerate.Accelerator",  # noqa: F821
+        accelerator: Accelerator,
         channels_last: bool = False,
+        rebuild: Callable[[], nn.Module] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False).to(accelerator.device)
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.name, self.source, self.accelerator = name, source, accelerator
+        self.name, self.source, self.accelerator, self.rebuild = name, source, accelerator, rebuild
         self.params = sum(p.numel() for p in model.parameters())
         self.calls = 0  # forward passes so far
         self._timed_from, self._timings = 0, []
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> object:
-        """What `forward` gives, without gradient, in the accelerator's precision."""
+        """The result of `forward`, without gradients and in the accelerator's precision."""
         self.calls += 1
-        stop = self._time() if (self.calls - self._timed_from) % self.SAMPLE == 1 else None
+        timed = (self.calls - self._timed_from) % self.TIMING_INTERVAL == 1
+        stop = self._start_timing() if timed else None
         with self.accelerator.autocast():
             outputs = self.forward(*inputs)
         if stop:
@@ -54,8 +59,22 @@ class Teacher:
         """The model's outputs for the student's inputs."""
         return self.model(*inputs)
 
-    def _time(self):
-        """Start timing a call; returns what ends it. Device events, so that nothing waits."""
+    def shuffled(self, permutation: Callable[[int], Tensor], *inputs: object) -> object:
+        """For `--kd-control shuffled`: each example gets the outputs for another example of its batch.
+
+        Args:
+            permutation: takes the batch size and gives the new order of the rows.
+            inputs: as for a call.
+        """
+        outputs = self(*inputs)
+        return outputs[permutation(len(outputs)).to(outputs.device)]
+
+    def compile(self, backend: str) -> None:
+        """Compile the forward with torch.compile, apart from the student's."""
+        self.model.compile(backend=backend)
+
+    def _start_timing(self) -> Callable[[], None]:
+        """Start timing a call; returns what ends it. On a GPU these are events, so that nothing waits."""
         if self.accelerator.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -63,18 +82,18 @@ class Teacher:
             return end.record
         begin = time.perf_counter()
 
-        def end() -> None:
+        def stop() -> None:
             seconds = time.perf_counter() - begin
             self._timings.append(lambda: seconds)
 
-        return end
+        return stop
 
     def restart_timer(self) -> None:
-        """Forget the calls so far: warm-up, or an evaluation."""
+        """Forget the calls so far, which were a warm-up or an evaluation."""
         self._timed_from, self._timings = self.calls, []
 
     def take_seconds(self) -> float:
-        """Seconds of all calls since the timer's start, from the timed ones; restarts it."""
+        """Seconds of all calls since the timer was started, estimated from the timed ones. Restarts the timer."""
         if self._timings and self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = [timing() for timing in self._timings]
@@ -84,7 +103,7 @@ class Teacher:
 
     def release(self) -> None:
         """Free the model's memory. A released teacher cannot be called."""
-        self.model = None
+        self.model = self.rebuild = None
         gc.collect()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -139,7 +139,7 @@ def test_images_without_labels_train_without_classes_only(kind, tmp_path):
     options = unlabelled(tmp_path / "set", kind) + " --img-size 8 --in-chans 1 --hflip 0 --switch-split 0.25"
     for cache in ("device", "none"):
         data, args = load(options, "--cache", cache)
-        assert data.facts == {"train": 9, "switch": 3, "report": 9}
+        assert data.sizes == {"train": 9, "switch": 3, "report": 9}
         seen = next(train_batches(data.train, args, ALONE, 0, 1))[0]
         values = {round((float(image.mean()) + 1) * 127.5) for image in seen}
         assert len(values) == 8 and values < set(range(0, 240, 20))
@@ -156,7 +156,7 @@ def test_labels_that_are_asked_for_must_be_there(tmp_path):
 
 
 def test_a_subset_smaller_than_the_classes_needs_none_of_them():
-    assert load("--dataset digits --train-samples 5")[0].facts["train"] == 5
+    assert load("--dataset digits --train-samples 5")[0].sizes["train"] == 5
     with pytest.raises(InputError, match="between 10 and 1200"):
         load("--dataset digits --train-samples 5 --class-cond")
 

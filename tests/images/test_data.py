@@ -78,7 +78,7 @@ def test_another_split_of_digits_is_refused():
 
 def test_digits_come_ready_for_a_run():
     data = load(switch_split="0.1")
-    assert data.facts == {"train": 1080, "switch": 120, "report": 597}
+    assert data.sizes == {"train": 1080, "switch": 120, "report": 597}
     assert (data.num_classes, data.samples) == (10, 1080)
     assert data.train.__getitems__([(0, 0)])[0][0].shape == (3, 32, 32)
 
@@ -207,7 +207,7 @@ def image_folder(root: Path, **splits: dict[str, int]) -> Path:
 
 def test_an_image_folder_is_read_with_its_classes_in_order(tmp_path):
     data = load("", image_folder(tmp_path, train={"cat": 4, "ant": 3, "bee": 5}, val={"cat": 2, "ant": 1, "bee": 1}))
-    assert data.facts == {"train": 9, "switch": 3, "report": 4} and data.num_classes == 3
+    assert data.sizes == {"train": 9, "switch": 3, "report": 4} and data.num_classes == 3
     assert targets_in(data.report) == [0, 1, 2, 2]
 
 
@@ -372,7 +372,7 @@ def test_a_hugging_face_dataset_is_read_with_the_keys_that_are_given(tmp_path):
     names = datasets.ClassLabel(names=["ant", "bee", "cat"])
     root = hf_folder(tmp_path / "hf", [2, 0, 1] * 4, names, ("img", "fine"))
     data = load_hf(root, input_key="img", target_key="fine")
-    assert data.facts == {"train": 9, "switch": 3, "report": 12} and data.num_classes == 3
+    assert data.sizes == {"train": 9, "switch": 3, "report": 12} and data.num_classes == 3
     assert targets_in(data.report) == [2, 0, 1] * 4
 
 

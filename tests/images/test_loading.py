@@ -436,7 +436,7 @@ def streamed(folder, start: int, count: int, workers: int, **changes: object) ->
 
 def test_a_stream_knows_its_sizes(shards):
     _, data = stream(shards)
-    assert data.facts == {"train": 48, "switch": 0, "report": 21}
+    assert data.sizes == {"train": 48, "switch": 0, "report": 21}
     assert data.samples == 48 and data.switch is None and data.num_classes == 3
 
 
@@ -446,7 +446,7 @@ def test_an_epoch_of_a_stream_is_as_long_as_its_split_also_if_the_batch_size_doe
 
 def test_a_stream_may_be_named_by_its_shards_and_their_length(shards):
     _, data = stream(shards, train_split="train-{0000..0001}.tar|24", val_split="val-0000.tar|7")
-    assert data.facts == {"train": 24, "switch": 0, "report": 7}
+    assert data.sizes == {"train": 24, "switch": 0, "report": 7}
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -503,7 +503,7 @@ def test_an_evaluation_of_a_stream_counts_every_image_once_each_time(shards, wor
 def test_the_length_of_a_streamed_split_is_that_of_its_images_whatever_the_workers(shards, workers):
     args, data = stream(shards, workers=workers)
     eval_loader(data.report, args, process())
-    assert data.report.total == data.facts["report"] == 21
+    assert data.report.total == data.sizes["report"] == 21
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -521,7 +521,7 @@ def test_a_share_as_switch_split_of_a_stream_is_refused(shards):
 
 def test_held_out_shards_are_the_switch_split_of_a_stream(shards):
     args, data = stream(shards, teacher="somewhere", switch_split="held")
-    assert data.facts["switch"] == 6
+    assert data.sizes["switch"] == 6
     served = [numbers(images) for images, _ in eval_loader(data.switch, args, process())]
     assert sorted(flat(served)) == list(range(69, 75))
 

@@ -64,7 +64,7 @@ class DetectionData:
     switch: DetectionSplit | None
     report: DetectionSplit
     classes: list[str]
-    facts: dict = field(default_factory=dict)  # sizes, for summary.json and the first lines
+    sizes: dict = field(default_factory=dict)  # of the splits, for summary.json and the first lines
 
 
 def load_detection(args, first_label: int) -> DetectionData:
@@ -98,7 +98,7 @@ def load_detection(args, first_label: int) -> DetectionData:
         switch=DetectionSplit(train, switch_rows, first_label) if switch_rows else None,
         report=DetectionSplit(report, report_rows, first_label),
         classes=train.names,
-        facts={"train": len(train_rows), "boxes": boxes, "switch": len(switch_rows), "report": len(report_rows)},
+        sizes={"train": len(train_rows), "boxes": boxes, "switch": len(switch_rows), "report": len(report_rows)},
     )
 
 

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from w2s.engine.errors import InputError
 from w2s.engine.loading import EpochBatches, loader_options, to_device
-from w2s.engine.randomness import own_randomness, seed_augmentation, spread
+from w2s.engine.randomness import evenly_spread, own_randomness, seed_augmentation
 
 ASPECT_BINS = 2.0 ** np.linspace(-1, 1, 7)  # of width over height, as in torchvision's reference
 
@@ -150,7 +150,7 @@ def eval_loader(dataset: DetectionSplit, args, accelerator) -> DataLoader:
 
 def _loader(dataset: DetectionSplit, sampler, args, accelerator) -> DataLoader:
     generator = torch.Generator().manual_seed(args.seed)  # a loader without one draws from the global generator
-    options = loader_options(args, accelerator)
+    options = loader_options(workers=args.workers, device=accelerator.device)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=_lists, generator=generator, **options)
 
 
@@ -166,7 +166,7 @@ def check_images(source: "w2s.detection.data.Annotated", rows: list[int], limit:
         InputError: an image is corrupt or not of the size its annotation gives; it is named.
     """
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda position: read_checked(source, rows[position]), spread(len(rows), limit)):
+        for _ in pool.map(lambda position: read_checked(source, rows[position]), evenly_spread(len(rows), limit)):
             pass
 
 

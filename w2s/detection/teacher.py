@@ -1,9 +1,12 @@
 """The detector's early teacher: the distillation terms, and a teacher that lines up anchor by anchor."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
@@ -28,12 +31,21 @@ class DetectorTeacher(Teacher):
         self,
         model: RetinaNet | FasterRCNN,
         source: str,
-        accelerator: "accelerate.Accelerator",  # noqa: F821
+        accelerator: Accelerator,
         student: RetinaNet | FasterRCNN,
         channels_last: bool = False,
     ) -> None:
         check_lined_up(student.config, model.config, source)
-        super().__init__(model, f"{model.config.detector}_{model.config.backbone}", source, accelerator, channels_last)
+        if channels_last:
+            model.backbone.memory_format = torch.channels_last
+        super().__init__(
+            model,
+            name=f"{model.config.detector}_{model.config.backbone}",
+            source=source,
+            accelerator=accelerator,
+            channels_last=channels_last,
+            rebuild=partial(build_detector, model.config),
+        )
         # it is scored as the student is: on images of the student's size, as it sees them in training, and with its
         # thresholds
         model.transform.min_size, model.transform.max_size = student.transform.min_size, student.transform.max_size
@@ -55,6 +67,17 @@ class DetectorTeacher(Teacher):
         if isinstance(seen, list):
             return self.model(seen)
         return self.model.look(seen if self.same_range else seen._replace(images=self._renormalised(seen.images)))
+
+    def shuffled(self, permutation: Callable[[int], Tensor], seen: Seen) -> dict[str, Tensor]:
+        """For `--kd-control shuffled`: the images of the batch are exchanged; proposals stay where they are."""
+        images = seen.images
+        order = permutation(len(images.tensors))
+        sizes = [images.image_sizes[row] for row in order.tolist()]
+        return self(seen._replace(images=ImageList(images.tensors[order.to(images.tensors.device)], sizes)))
+
+    def compile(self, backend: str) -> None:
+        """Compile the backbone, which is the part that --torchcompile means."""
+        self.model.backbone.compile(backend=backend)
 
     def _renormalised(self, images: ImageList) -> ImageList:
         tensors = images.tensors * self.scale + self.shift

@@ -67,10 +67,11 @@ class PixelData:
     switch: Reference
     num_classes: int
     samples: int  # training images an epoch
-    facts: dict
+    cache: str  # what --cache came to
+    sizes: dict
 
 
-def load_pixels(args, accelerator) -> PixelData:
+def load_pixels(args, accelerator, cache: str) -> PixelData:
     """Open, check and resize `--dataset` for a run; settles what `--cache auto` means.
 
     The shorter side is resized to --img-size and the centre cut out. The switch-off compares with the slice that
@@ -108,12 +109,12 @@ def load_pixels(args, accelerator) -> PixelData:
         source, num_classes = Unlabelled(source), 1
         rows, held = cut(np.zeros(len(source), np.int64), num_classes)
     plainly = argparse.Namespace(**vars(args), no_aug=True, pad_crop=None)  # what the cache is asked to do
-    args.cache = resolve_cache(plainly, len(rows), config, accelerator)
-    device = accelerator.device if args.cache == "device" else torch.device("cpu")
+    cache = resolve_cache(plainly, cache, len(rows), config, accelerator)
+    device = accelerator.device if cache == "device" else torch.device("cpu")
     plain, flip = eval_transform(config), transforms.RandomHorizontalFlip(args.hflip)
 
     def split(part: Dataset, indices: np.ndarray, training: bool = False) -> Dataset:
-        if args.cache != "none":
+        if cache != "none":
             cached = cache_split(ImageSplit(part, indices, None, mode), args, config, device, training=False)
             cached.hflip = args.hflip if training else 0.0
             return cached
@@ -131,15 +132,15 @@ def load_pixels(args, accelerator) -> PixelData:
         return Reference(cached if cached is not None and not args.dry_run else split(part, indices), key)
 
     train = split(source, rows, training=True)
-    trained = reference(source, args.train_split, rows, train if args.cache != "none" else None)
+    trained = reference(source, args.train_split, rows, train if cache != "none" else None)
     other = args.fd_split not in (None, args.train_split)
     report = trained
     if other:
         against = Unlabelled(open_dataset(args, args.fd_split, labelled=False))
         report = reference(against, args.fd_split, np.arange(len(against)))
     switch = reference(source, args.train_split, held) if len(held) else trained
-    facts = {"train": len(rows), "switch": len(held), "report": len(report)}
-    return PixelData(train, report, switch, num_classes, len(rows), facts)
+    sizes = {"train": len(rows), "switch": len(held), "report": len(report)}
+    return PixelData(train, report, switch, num_classes=num_classes, samples=len(rows), cache=cache, sizes=sizes)
 
 
 def identity(dataset: str, part: Dataset) -> list:

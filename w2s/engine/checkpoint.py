@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from w2s.engine.errors import Finished, InputError
-from w2s.engine.files import check_writable, fsync
+from w2s.engine.files import check_writable, drop_folder, put_in_place
 
 # options that may change when a run is resumed: they do not change what it computes
 FREE_OPTIONS = (
@@ -26,14 +26,21 @@ FREE_OPTIONS = (
 )
 
 
-def locate(folder: Path, args, launch: dict, log: Callable[[str], None]) -> tuple[Path | None, dict | None]:
-    """The checkpoint that a run in `folder` continues from and its state; (None, None) for a new run.
+def locate(
+    folder: Path, *, options: dict, resume: str | None, launch: dict, log: Callable[[str], None]
+) -> tuple[Path | None, dict | None, dict]:
+    """The checkpoint that a run in `folder` continues from, if any.
 
     Args:
         folder: the run folder, perhaps not there yet.
-        args: resolved options, `--resume` among them; `--cache auto` becomes what the run had made of it.
-        launch: processes and precision of this launch, which have to be those of the checkpoint.
-        log: told of damaged checkpoints.
+        options: the resolved options as `plain` gives them.
+        resume: None, "auto" or the path of a checkpoint.
+        launch: processes and precision of this launch, which must be those of the checkpoint.
+        log: told about damaged checkpoints.
+
+    Returns:
+        The checkpoint's path, its state and the options, in which `--cache auto` has become what the run had settled
+        on. Path and state are None for a new run.
 
     Raises:
         InputError: the folder cannot be written or holds something else, or there is nothing to resume.
@@ -42,22 +49,22 @@ def locate(folder: Path, args, launch: dict, log: Callable[[str], None]) -> tupl
     checkpoint = state = None
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another --name or --output")
-    if args.resume and args.resume != "auto":
-        checkpoint = Path(args.resume)
+    if resume and resume != "auto":
+        checkpoint = Path(resume)
         state = read_state(checkpoint)
-        _keep_choices(args, state["args"])
-        _same_options(args, state["args"], str(checkpoint))
+        options = _settled(options, state["args"])
+        _check_same_options(options, state["args"], str(checkpoint))
         own = checkpoint.resolve().parent == (folder / "checkpoints").resolve()
-        if not own and _occupied(folder):
-            raise InputError(f"{folder} holds a run of its own, not that of {args.resume}; choose another --name")
-    elif _occupied(folder):
+        if not own and _is_occupied(folder):
+            raise InputError(f"{folder} holds a run of its own, not that of {resume}; choose another --name")
+    elif _is_occupied(folder):
         if not (folder / "args.yaml").is_file():
             raise InputError(f"{folder} is not empty and holds no run; choose another --name or --output")
-        if not args.resume:
+        if not resume:
             raise InputError(f"{folder} holds a run: go on with --resume auto, or choose another --name")
-        options = _read_options(folder / "args.yaml")
-        _keep_choices(args, options)
-        _same_options(args, options, str(folder))
+        before = _read_options(folder / "args.yaml")
+        options = _settled(options, before)
+        _check_same_options(options, before, str(folder))
         if _read_json(folder / "summary.json").get("status") == "finished":
             raise Finished(f"{folder} is already finished")
         checkpoint, state = newest_state(folder / "checkpoints", log)
@@ -65,7 +72,7 @@ def locate(folder: Path, args, launch: dict, log: Callable[[str], None]) -> tupl
         if state[name] != value:
             raise InputError(f"{checkpoint} was written with {state[name]} {name}, this launch has {value}: keep to it")
     check_writable(folder)
-    return checkpoint, state
+    return checkpoint, state, options
 
 
 def plain(options: dict) -> dict:
@@ -109,23 +116,13 @@ def save_checkpoint(
             save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, beside / "ema.safetensors")
         files = {str(p.relative_to(beside)): p.stat().st_size for p in beside.rglob("*") if p.is_file()}
         (beside / "state.json").write_text(json.dumps({**state, "update": update, "files": files}))
-        for path in [*beside.rglob("*"), beside]:
-            fsync(path)
-        if final.exists():
-            _drop(final)
-        beside.rename(final)
-        fsync(root)
+        put_in_place(beside, final)
         paths = sorted(root.glob("update-*"))
-        here = paths.index(final) + 1
-        for old in paths[: max(here - keep, 0)] + paths[here:]:  # later ones: the run was taken up from before them
-            _drop(old)
+        newer = paths.index(final) + 1
+        # checkpoints of later updates are there where the run was taken up again from before them
+        for path in paths[: max(newer - keep, 0)] + paths[newer:]:
+            drop_folder(path)
     accelerator.wait_for_everyone()
-
-
-def _drop(checkpoint: Path) -> None:
-    aside = checkpoint.with_name(f".{checkpoint.name}.dropped")  # first: a kill half-way leaves no half checkpoint
-    checkpoint.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_checkpoint(path: Path, accelerator: accelerate.Accelerator, ema: nn.Module | None) -> None:
@@ -181,24 +178,23 @@ def newest_state(root: Path, warn) -> tuple[Path | None, dict | None]:
     return None, None
 
 
-def _keep_choices(args, there: dict) -> None:
-    """Settle `--cache auto` in `args` as the run has settled it before, whose options are `there`."""
-    if getattr(args, "cache", None) == "auto":
-        args.cache = there.get("cache")
+def _settled(options: dict, before: dict) -> dict:
+    """The options with `--cache auto` settled as the run had settled it, whose options were `before`."""
+    return {**options, "cache": before.get("cache")} if options.get("cache") == "auto" else options
 
 
-def _same_options(args, there: dict, where: str) -> None:
-    here = plain(vars(args))
-    different = [k for k in here if k not in FREE_OPTIONS and here[k] != there.get(k)]
+def _check_same_options(options: dict, before: dict, where: str) -> None:
+    different = [k for k in options if k not in FREE_OPTIONS and options[k] != before.get(k)]
     if different:
         k = different[0]
+        more = f" ({len(different)} options differ)" if len(different) > 1 else ""
         raise InputError(
-            f"{where} holds a different run: --{k.replace('_', '-')} is {there.get(k)!r} there and {here[k]!r} here"
-            + (f" ({len(different)} options differ)" if len(different) > 1 else "")
+            f"{where} holds a different run: --{k.replace('_', '-')} is {before.get(k)!r} there and "
+            f"{options[k]!r} here{more}"
         )
 
 
-def _occupied(folder: Path) -> bool:
+def _is_occupied(folder: Path) -> bool:
     """Whether a folder holds more than a file that a kill left half-written."""
     return folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir())
 

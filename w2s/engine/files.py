@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Folders that are whole or not there. Single files are written by `w2s.record.replacing`."""
 
 import contextlib
 import os
@@ -12,20 +12,36 @@ from w2s.engine.errors import InputError
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` once the block is done and all is on disk."""
-    beside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    """A folder to write into, which takes the place of `folder` once the block is done and all of it is on disk."""
+    beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     yield beside
-    for file in beside.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+    put_in_place(beside, folder)
+
+
+def put_in_place(beside: Path, folder: Path) -> None:
+    """Wait until the files in `beside` are on disk, then rename it to `folder`. An older `folder` is dropped."""
+    for path in [*beside.rglob("*"), beside]:
+        fsync(path)
+    old = _hidden(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     beside.rename(folder)
+    fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def drop_folder(folder: Path) -> None:
+    """Delete a folder. It is renamed first, so that a kill half-way leaves no half folder under its name."""
+    hidden = _hidden(folder)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _hidden(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.dropped")
 
 
 def fsync(path: Path) -> None:
@@ -38,10 +54,10 @@ def fsync(path: Path) -> None:
 
 
 def check_writable(folder: Path, option: str = "--output") -> None:
-    """Fail now rather than after an hour; leaves nothing behind.
+    """Find out now, rather than after an hour, whether a folder can be written. Leaves nothing behind.
 
     Raises:
-        InputError: nothing can be written there; `option` chooses another place.
+        InputError: nothing can be written there; `option` is what chooses another place.
     """
     nearest = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     probe = nearest / f".w2s-probe-{uuid.uuid4().hex}"

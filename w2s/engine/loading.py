@@ -67,12 +67,12 @@ def to_device(batches: Iterable, device: torch.device) -> Iterator:
         yield batch
 
 
-def loader_options(args, accelerator) -> dict:
-    """What all loaders of a run have in common."""
+def loader_options(*, workers: int, device: torch.device) -> dict:
+    """What all loaders of a run have in common, as arguments of DataLoader."""
     return {
-        "num_workers": args.workers,
-        "pin_memory": accelerator.device.type == "cuda",
-        "persistent_workers": args.workers > 0,
+        "num_workers": workers,
+        "pin_memory": device.type == "cuda",
+        "persistent_workers": workers > 0,
         "worker_init_fn": _leave_signals_to_parent,
     }
 

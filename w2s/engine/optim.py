@@ -6,9 +6,10 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import nn
 
-from w2s.engine.errors import InputError
+from w2s.engine.errors import InputError, on_one_line
 
 
 def scaled_lr(args, samples: int) -> float:
@@ -22,20 +23,35 @@ def scaled_lr(args, samples: int) -> float:
 
 
 def build_optimizer(
-    args, model: nn.Module, lr: float, epochs: float, updates_per_epoch: int, unit: str = "epochs"
+    args,
+    model: nn.Module,
+    *,
+    lr: float,
+    length: float,
+    updates_per_unit: int,
+    unit: str = "epochs",
+    warmup: float | None = None,
+    warmup_lr: float | None = None,
 ) -> tuple[torch.optim.Optimizer, Scheduler]:
     """The optimiser and its schedule, both timm's. Do not `prepare` the schedule: call `step_update(update)`.
 
-    A script that counts in updates has them as `unit`, and one update an epoch.
+    Args:
+        args: resolved options; this reads those of the group "optimiser and schedule".
+        model: the student.
+        lr: the peak learning rate.
+        length: of the run, in `unit`.
+        updates_per_unit: updates of an epoch, or 1 where `unit` is "updates".
+        warmup, warmup_lr: in place of --warmup-* and --warmup-lr.
 
     Raises:
         InputError: unknown names, arguments they do not take, or a schedule that needs a metric.
     """
     if args.sched in ("plateau", "none"):
         raise InputError(f"--sched {args.sched}: the learning rate must be a function of the update; try constant")
-    warmup, decay = (getattr(args, f"{part}_{unit}") for part in ("warmup", "decay"))
-    if warmup > epochs:
-        raise InputError(f"--warmup-{unit} {warmup:g} is longer than the run of {epochs:g} {unit}")
+    warmup = getattr(args, f"warmup_{unit}") if warmup is None else warmup
+    decay = getattr(args, f"decay_{unit}")
+    if warmup > length:
+        raise InputError(f"--warmup-{unit} {warmup:g} is longer than the run of {length:g} {unit}")
     if decay <= 0:
         raise InputError(f"--decay-{unit} {decay:g}: must be above 0")
     options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
@@ -51,23 +67,30 @@ def build_optimizer(
             **{k: v for k, v in options.items() if v is not None},
         )
     except Exception as error:  # every optimiser checks its arguments in its own way
-        raise InputError(f"--opt {args.opt}: {' '.join(str(error).split())}") from None
+        raise InputError(f"--opt {args.opt}: {on_one_line(error)}") from None
     if getattr(optimizer, "is_second_order", False):
         raise InputError(f"--opt {args.opt}: second-order optimisers are not supported")
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=args.sched,
-            num_epochs=epochs,
+            num_epochs=length,
             decay_epochs=decay,
             decay_milestones=args.decay_milestones,
             decay_rate=args.decay_rate,
             warmup_epochs=warmup,
-            warmup_lr=args.warmup_lr,
+            warmup_lr=args.warmup_lr if warmup_lr is None else warmup_lr,
             min_lr=args.min_lr,
             step_on_epochs=False,
-            updates_per_epoch=updates_per_epoch,
+            updates_per_epoch=updates_per_unit,
         )
     except Exception as error:
-        raise InputError(f"--sched {args.sched}: {' '.join(str(error).split())}") from None
+        raise InputError(f"--sched {args.sched}: {on_one_line(error)}") from None
     return optimizer, scheduler
+
+
+def build_ema(args, student: nn.Module) -> ModelEmaV3 | None:
+    """The moving average of the student's weights, None without --model-ema."""
+    if not args.model_ema:
+        return None
+    return ModelEmaV3(student, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)

@@ -15,7 +15,6 @@ import yaml
 from timm.utils import ParseKwargs
 
 from w2s.engine.errors import InputError
-from w2s.schedule import EarlyPhase
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,6 +173,35 @@ def add_data_options(parser: Parser, kinds: str, folder: str) -> argparse._Argum
     return group
 
 
+def add_weights_options(group: argparse._ArgumentGroup, compiled: str = "the student", sync_bn: bool = True) -> None:
+    """How the student's weights are averaged, laid out in memory and compiled.
+
+    Args:
+        compiled: the part that --torchcompile compiles.
+        sync_bn: whether the task's models have BatchNorm.
+    """
+    add_switch(group, "--model-ema", "evaluate, compare and export the moving average of the weights")
+    group.add_argument("--model-ema-decay", type=share, default=0.9998)
+    add_switch(group, "--model-ema-warmup", "a smaller decay at first")
+    add_switch(group, "--channels-last", "NHWC memory format (default)", default=True)
+    if sync_bn:
+        add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
+    group.add_argument(
+        "--torchcompile", type=backend, nargs="?", const="inductor", metavar="BACKEND", help=f"compile {compiled}"
+    )
+
+
+def add_training_options(parser: Parser, epochs: int, batch_size: int) -> argparse._ArgumentGroup:
+    """Length, batch and evaluations of a run that counts in epochs; returns the group."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive_int, default=epochs)
+    group.add_argument("-b", "--batch-size", type=positive_int, default=batch_size, metavar="N", help="per process")
+    group.add_argument("--validation-batch-size", type=positive_int, metavar="N", help="per process; decides nothing")
+    group.add_argument("--grad-accum-steps", type=positive_int, default=1, metavar="N")
+    group.add_argument("--evals-per-epoch", type=positive_int, default=1, metavar="N")
+    return group
+
+
 def add_kd_options(
     parser: Parser, teacher: str, unit: str = "epochs", controls: Sequence[str] = ("shuffled", "random")
 ) -> None:
@@ -246,38 +274,6 @@ def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     group.add_argument("--decay-rate", type=float, default=0.1)
 
 
-def early_phase(args: argparse.Namespace, length: float, mode: str) -> EarlyPhase:
-    """The EarlyPhase of a run of `length` epochs (or updates); fills in the default window.
-
-    Raises:
-        InputError: the window is longer than the run, or an option is out of range.
-    """
-    for name, share in (("kd_warmup", 0.05), ("kd_hold", 0.55), ("kd_decay", 0.2)):
-        if getattr(args, name) is None:
-            setattr(args, name, share * length)
-    if len(args.kd_temperature) > 2:
-        raise InputError(f"--kd-temperature takes START and END, got {len(args.kd_temperature)} values")
-    window = args.kd_warmup + args.kd_hold + args.kd_decay
-    if args.kd_off != "never" and window > length * (1 + 1e-9):
-        raise InputError(
-            f"the distillation window of {window:g} (--kd-warmup {args.kd_warmup:g} + --kd-hold {args.kd_hold:g} + "
-            f"--kd-decay {args.kd_decay:g}) is longer than the run of {length:g}; shorten it"
-        )
-    try:
-        return EarlyPhase(
-            weight=args.kd_weight,
-            warmup=args.kd_warmup,
-            hold=args.kd_hold,
-            decay=args.kd_decay,
-            temperature=(args.kd_temperature[0], args.kd_temperature[-1]),
-            patience=args.kd_patience,
-            mode=mode,
-            off=args.kd_off,
-        )
-    except ValueError as error:
-        raise InputError(f"distillation schedule: {error}") from None
-
-
 def parse_targets(values: list[str], metric: str, low: float, high: float, option: str = "--target") -> list[float]:
     """`["65", "top1=80"]` as numbers.
 
@@ -296,6 +292,22 @@ def parse_targets(values: list[str], metric: str, low: float, high: float, optio
         if not low < targets[-1] <= high:
             raise InputError(f"{option} {value}: {metric} lies above {low:g} and up to {high:g}")
     return targets
+
+
+def run_name(args) -> str:
+    """The name of a run that was given none: its recipe or its model, and its seed."""
+    return f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
+
+
+def check_targets(args, metric: str, low: float, high: float) -> list[float]:
+    """The values of --target; --teacher-score is checked beside them.
+
+    Raises:
+        InputError: see `parse_targets`.
+    """
+    if args.teacher_score is not None:
+        parse_targets([str(args.teacher_score)], metric, low, high, option="--teacher-score")
+    return parse_targets(args.target, metric, low, high)
 
 
 def positive_int(text: str) -> int:

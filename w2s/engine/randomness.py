@@ -49,6 +49,6 @@ def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(mix_seed(seed, epoch)))
 
 
-def spread(length: int, count: int) -> np.ndarray:
+def evenly_spread(length: int, count: int) -> np.ndarray:
     """`count` positions of so many, evenly spread over them; all if there are no more, or if it is negative."""
     return np.linspace(0, length, length if count < 0 else min(count, length), endpoint=False).astype(int)

@@ -1,18 +1,13 @@
-"""What every script does the same way: processes, seeds, folders, logs, checkpoints, preemption, exit codes."""
+"""One run: its processes, its folder, its log, its seeds, and how it stops."""
 
-import contextlib
-import json
 import logging
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
@@ -23,89 +18,42 @@ import torch
 import yaml
 from accelerate.utils import ProjectConfiguration, broadcast
 from torch import nn
+from tqdm import tqdm
 
 from w2s.crossing import Clock
 from w2s.engine.checkpoint import load_checkpoint, locate, plain, save_checkpoint
-from w2s.engine.errors import Finished, InputError, NonFiniteLoss, Preempted
+from w2s.engine.errors import NonFiniteLoss
 from w2s.engine.randomness import mix_seed
 from w2s.engine.trackers import check_trackers, close_trackers, default_group, start_trackers
 from w2s.record import RunRecord, replacing
 
 
-def call_main(main: Callable[[], None]) -> None:
-    """Run a script's main and exit: 0 done, 2 bad input, 3 non-finite loss, 75 preempted and saved."""
-    codes = {InputError: 2, NonFiniteLoss: 3, Preempted: 75, Finished: 0}
-    rank = int(os.environ.get("RANK", 0))
-    Run.opened = None
-    try:
-        main()
-        code = 0
-    except tuple(codes) as error:
-        code = codes[type(error)]
-        _leave_failed(error)
-        # an error of a loader's worker comes back with the worker's traceback in front
-        message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-        sys.stdout.flush()
-        if rank == 0:
-            start = "\n" if sys.stderr.isatty() else ""  # a progress bar may stand on the line
-            print(f"{start}{'' if code in (0, 75) else 'error: '}{message}", file=sys.stderr, flush=True)
-        elif code == 2:  # perhaps this process alone saw it: a missing disk, a corrupt image
-            # the launcher ends all when the first one exits: let the main process speak first, and end silently then
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
-            print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
-    except SystemExit as error:  # --help
-        code = error.code or 0
-    except BaseException as error:
-        sys.excepthook(*sys.exc_info())
-        _leave_failed(error)
-        code = 1
-    for worker in multiprocessing.active_children():
-        worker.kill()  # loader workers ignore the gentle signal of an exit and would be waited for without end
-    if code != 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
-        if code in (0, 75):
-            torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    sys.exit(code)
-
-
-def _leave_failed(error: BaseException) -> None:
-    """Have summary.json say that the open run has failed: to launch it again would end the same way.
-
-    It goes on saying "running" after a kill and a second Ctrl-C, and where one of several processes ends for another
-    reason than bad input: perhaps because another one was killed.
-    """
-    run, Run.opened = Run.opened, None
-    if run is None or not run.keeps:
-        return
-    if isinstance(error, InputError) or (isinstance(error, Exception) and run.launch["processes"] == 1):
-        path = run.folder / "summary.json"  # not through the record: perhaps this is not the process that writes it
-        with contextlib.suppress(OSError, ValueError):
-            summary = json.loads(path.read_text()) | {"status": "failed"}
-            with replacing(path, suffix=f".{os.environ.get('RANK', 0)}.partial") as file:
-                json.dump(summary, file, indent=2)
-                file.write("\n")
-
-
 class Run:
-    """One run: its accelerator, its folder and its place in time.
+    """One run: its accelerator, its folder, and the checkpoint it continues from.
 
-    Making one creates nothing on disk; `open` does, once everything the user gave has been checked.
+    Making one creates nothing on disk. `open` does, once everything that the user gave has been checked.
 
     Args:
-        args: resolved options.
+        args: resolved options; this reads those of the group "run".
         task: "cls", "det" or "diffusion".
 
+    Attributes:
+        options: the options as args.yaml holds them.
+        keeps: whether the run leaves anything behind; a dry run and --eval-only do not.
+        checkpoint, state: what the run continues from; None for a new run.
+        record: rows and summary, once the run is open.
+
     Raises:
-        InputError: the folder cannot be written or holds something else, nothing to resume, a tracker missing.
-        Finished: `--resume` of a complete run.
+        InputError: the folder cannot be written or holds something else, there is nothing to resume, or a tracker is
+            missing.
+        Finished: --resume of a complete run.
     """
 
-    opened: ClassVar["Run | None"] = None  # and not yet ended: whose status call_main answers for
+    opened: ClassVar["Run | None"] = None  # the run whose status must be set if this process ends early
 
     def __init__(self, args, task: str) -> None:
-        self.args, self.task = args, task
-        self.name = args.name
+        self.options, self.task, self.name, self.seed = plain(vars(args)), task, args.name, args.seed
+        self.checkpoint_hist = args.checkpoint_hist
         self.keeps = not (args.dry_run or args.eval_only)
         self.folder = Path(args.output) / args.name
         trackers = check_trackers(args.log_with) if self.keeps else None
@@ -121,84 +69,104 @@ class Run:
             torch.backends.cudnn.benchmark = task != "det"  # whose shapes change from batch to batch
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
-        self.checkpoint, self.state = None, None  # to continue from
+        self.checkpoint, self.state = None, None
         self.tracker_id = uuid.uuid4().hex[:8]
         self.record: RunRecord | None = None
-        self._log_file, self._lines = None, []
-        self._signal, self._bad = None, torch.zeros((), device=self.device)
+        self._log_file, self._early_lines = None, []
+        self._signal, self._nonfinite = None, torch.zeros((), device=self.device)
         self.launch = {
             "processes": self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,
         }
         if self.keeps:
-            self.checkpoint, self.state = locate(self.folder, args, self.launch, self.log)
+            self.checkpoint, self.state, self.options = locate(
+                self.folder, options=self.options, resume=args.resume, launch=self.launch, log=self.log
+            )
 
-    def open(self, record: Callable[..., RunRecord], **facts: object) -> None:
-        """Create the folder, write args.yaml, start the log, the trackers, the signals and the record.
+    def open(self, *, metric: str, mode: str, targets: list[float], reported: tuple[str, ...], facts: dict) -> None:
+        """Create the folder, write args.yaml, and start the log, the trackers, the signal handlers and the record.
 
         Args:
-            record: makes the RunRecord from (folder, facts, log).
-            facts: what summary.json shall hold beside the metrics.
+            metric: the reported metric that targets and the best model refer to.
+            mode: "max" or "min".
+            targets: tau values.
+            reported: names of all reported metrics.
+            facts: what summary.json holds beside the metrics.
         """
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        facts = {
-            "task": self.task,
-            "name": self.name,
-            "status": "running",
-            "seed": self.args.seed,
-            "kd_control": self.args.kd_control,
-            "environment": environment(accelerator),
-            **facts,
-        }
-        self.args.group = self.args.group or default_group(self.args, self.task)
+        self.options["group"] = self.options["group"] or default_group(self.options, self.task)
         writes = self.keeps and self.is_main
         if writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.checkpoint and not (self.folder / "best").exists():  # taken up in another folder
-                best = self.checkpoint.resolve().parent.parent / "best"
-                if best.is_dir():
-                    shutil.copytree(best, self.folder / "best")
-            with replacing(self.folder / "args.yaml") as file:
-                yaml.safe_dump(plain(vars(self.args)), file, sort_keys=True)
-            self._log_file = open(self.folder / "log.txt", "a")  # noqa: SIM115 - lives as long as the run
-            self._log_file.writelines(f"{line}\n" for line in self._lines)
-            self._log_file.flush()
+            self._create_folder()
         if self.state:
             self.clock.load_state_dict(self.state["clock"])
             self.tracker_id = self.state["tracker_id"]
         if accelerator.log_with:
-            options = plain(vars(self.args))
-            start_trackers(accelerator, self.task, self.name, self.tracker_id, self.folder, options)
-        self.record = record(self.folder if writes else None, facts, accelerator.log if accelerator.trackers else None)
+            start_trackers(
+                accelerator,
+                task=self.task,
+                name=self.name,
+                run_id=self.tracker_id,
+                folder=self.folder,
+                options=self.options,
+            )
+        facts = {
+            "task": self.task,
+            "name": self.name,
+            "status": "running",
+            "seed": self.seed,
+            "kd_control": self.options["kd_control"],
+            "environment": environment(accelerator),
+            **facts,
+        }
+        self.record = RunRecord(
+            self.folder if writes else None,
+            metric=metric,
+            mode=mode,
+            targets=targets,
+            reported=reported,
+            facts=facts,
+            log=accelerator.log if accelerator.trackers else None,
+        )
         self.record.rewrite(self.state["rows"] if self.state else None)
         self.record.write_summary()
         Run.opened = self
 
+    def _create_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint and not (self.folder / "best").exists():  # resumed into another folder
+            best = self.checkpoint.resolve().parent.parent / "best"
+            if best.is_dir():
+                shutil.copytree(best, self.folder / "best")
+        with replacing(self.folder / "args.yaml") as file:
+            yaml.safe_dump(self.options, file, sort_keys=True)
+        self._log_file = open(self.folder / "log.txt", "a")  # noqa: SIM115 - it is open as long as the run
+        self._log_file.writelines(f"{line}\n" for line in self._early_lines)
+        self._log_file.flush()
+
     def log(self, message: str) -> None:
-        """A line to the terminal and log.txt, from the main process only."""
+        """Write a line to the terminal and to log.txt, from the main process only."""
         if not self.is_main:
             return
-        from tqdm import tqdm
-
         tqdm.write(message, file=sys.stderr)
         if self._log_file:
             self._log_file.write(f"{message}\n")
             self._log_file.flush()
         else:
-            self._lines.append(message)
+            self._early_lines.append(message)
 
     # ---- randomness and decisions ----
 
-    def seed(self) -> None:
+    def seed_all(self) -> None:
         """Seed all generators alike on all processes, before a model is built."""
-        accelerate.utils.set_seed(self.args.seed)
+        accelerate.utils.set_seed(self.seed)
 
     def seed_update(self, update: int) -> None:
         """Make the randomness of an update (dropout, mixup, noise) a function of (seed, update, process) alone."""
-        seed = mix_seed(self.args.seed, update, self.accelerator.process_index)
+        seed = mix_seed(self.seed, update, self.accelerator.process_index)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -210,22 +178,22 @@ class Run:
 
     def watch(self, loss: torch.Tensor) -> None:
         """Remember whether a loss was ever not finite, without waiting for the device."""
-        self._bad += ~torch.isfinite(loss.detach())
+        self._nonfinite += ~torch.isfinite(loss.detach())
 
     def should_stop(self, update: int, now: bool = False) -> bool:
         """Whether a signal asks the run to stop; all processes get the same answer after the same update.
 
-        Waiting for a GPU after every update would slow it down, so there the question is put every 10 updates, and
-        `now` (before an evaluation or checkpoint).
+        Waiting for a GPU after every update would slow it down, so there the question is asked every 10 updates, and
+        when `now` is set (before an evaluation or a checkpoint).
 
         Raises:
             NonFiniteLoss: on all processes, if a watched loss of any of them was not finite.
         """
         if not now and self.device.type != "cpu" and update % 10:
             return False
-        flags = torch.stack([self._bad, torch.full_like(self._bad, float(self._signal is not None))])
-        bad, stop = self.accelerator.reduce(flags, "sum").tolist()
-        if bad:
+        signalled = torch.full_like(self._nonfinite, float(self._signal is not None))
+        nonfinite, stop = self.accelerator.reduce(torch.stack([self._nonfinite, signalled]), "sum").tolist()
+        if nonfinite:
             self.fail(f"the loss is not finite at update {update}")
         return stop > 0
 
@@ -236,8 +204,8 @@ class Run:
             NonFiniteLoss: always.
         """
         self.record.write_summary(status="failed")
-        kept = max((self.folder / "checkpoints").glob("update-*"), default=None) if self.keeps else None
-        rest = f"The last good checkpoint is {kept}" if kept else "No checkpoint had been written"
+        newest = max((self.folder / "checkpoints").glob("update-*"), default=None) if self.keeps else None
+        rest = f"The last good checkpoint is {newest}" if newest else "No checkpoint had been written"
         raise NonFiniteLoss(f"{reason}; try a lower --lr, --clip-grad or bf16. {rest}")
 
     def mean(self, values: torch.Tensor) -> list[float]:
@@ -245,31 +213,39 @@ class Run:
         return self.accelerator.reduce(values, "mean").tolist()
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all processes the BatchNorm statistics of the first: each has seen its own batches."""
+        """Give all processes the BatchNorm statistics of the first one: each has seen its own batches."""
         if self.accelerator.num_processes > 1:
             for buffer in model.buffers():
                 buffer.copy_(broadcast(buffer))
 
+    # ---- checkpoints and the end ----
+
     def save(self, update: int, ema: nn.Module | None, **state: object) -> None:
-        """Write a checkpoint with the clock, the rows and `state`; called by all processes."""
+        """Write a checkpoint with the clock, the rows and `state`. All processes call this."""
         if self.keeps:
             state |= {
                 "clock": self.clock.state_dict(),
                 "rows": self.record.rows,
                 "tracker_id": self.tracker_id,
-                "args": plain(vars(self.args)),
+                "args": self.options,
                 **self.launch,
             }
-            root = self.folder / "checkpoints"
-            save_checkpoint(root, update, state, self.accelerator, ema, self.args.checkpoint_hist)
+            save_checkpoint(
+                self.folder / "checkpoints",
+                update=update,
+                state=state,
+                accelerator=self.accelerator,
+                ema=ema,
+                keep=self.checkpoint_hist,
+            )
 
     def load(self, ema: nn.Module | None) -> None:
-        """Bring what was prepared, and the EMA, to the checkpoint that was found."""
-        load_checkpoint(self.checkpoint, self.accelerator, ema)
+        """Bring what was prepared, and the EMA, to the checkpoint that the run continues from."""
+        load_checkpoint(self.checkpoint, accelerator=self.accelerator, ema=ema)
         self.log(f"resumed from {self.checkpoint}")
 
     def finish(self, status: str) -> None:
-        """Write the final status, close trackers and log."""
+        """Write the final status, and close the trackers and the log."""
         self.record.write_summary(status=status)
         Run.opened = None
         facts = {"status": status, "metric": self.record.metric, "mode": self.record.mode}

@@ -10,7 +10,7 @@ import accelerate
 import numpy as np
 from PIL import Image
 
-from w2s.engine.errors import InputError
+from w2s.engine.errors import InputError, first_line
 from w2s.record import TRACKER_AXES
 
 
@@ -55,11 +55,11 @@ def _wandb_logged_in() -> bool:
     return bool(key or (known and any((known.authenticators(host) or ("",) * 3)[2] for host in hosts)))
 
 
-def default_group(args, task: str) -> str:
-    """What the runs of one comparison have in common: task, data and student; its teachers are another student."""
-    given = (getattr(args, name, None) for name in ("dataset", "data", "data_dir", "train_json"))
+def default_group(options: dict, task: str) -> str:
+    """What the runs of one comparison have in common: task, data and student."""
+    given = (options.get(name) for name in ("dataset", "data", "data_dir", "train_json"))
     data = next(filter(None, given), "")
-    return "-".join(filter(None, (task, Path(data).name, Path(args.model).name)))[:128]
+    return "-".join(filter(None, (task, Path(data).name, Path(options["model"]).name)))[:128]
 
 
 def arm_of(options: dict) -> str:
@@ -71,22 +71,24 @@ def arm_of(options: dict) -> str:
     return (options["kd_control"] or "w2s") + when
 
 
-def start_trackers(accelerator: accelerate.Accelerator, task: str, name: str, key: str, folder: Path, options: dict):
-    """Open the trackers of a run; a resumed one, known by `key`, goes on where it was.
+def start_trackers(
+    accelerator: accelerate.Accelerator, *, task: str, name: str, run_id: str, folder: Path, options: dict
+) -> None:
+    """Open the trackers of a run. A resumed one, known by `run_id`, goes on where it was.
 
-    In W&B its arm is the job type, and arm, task and seed are tags.
+    In W&B the arm is the job type; arm, task and seed are tags.
 
     Raises:
         InputError: a tracker refuses.
     """
     config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in options.items()}
     arm = arm_of(options)
-    wandb_options = {"name": name, "id": key, "resume": "allow", "dir": str(folder), "group": options["group"]}
+    wandb_options = {"name": name, "id": run_id, "resume": "allow", "dir": str(folder), "group": options["group"]}
     wandb_options |= {"job_type": arm, "tags": [arm, task, f"seed-{options['seed']}"]}
     try:
         accelerator.init_trackers(options["project"], config, {"wandb": wandb_options})
     except Exception as error:  # wandb: a wrong key, no network
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = first_line(error, limit=200)
         raise InputError(f"trackers: {reason}; WANDB_MODE=offline needs no server") from None
     if accelerator.is_main_process and "wandb" in [tracker.name for tracker in accelerator.trackers]:
         board = accelerator.get_tracker("wandb", unwrap=True)

@@ -150,17 +150,17 @@ def obstacle(args) -> str | None:
     return None
 
 
-def resolve_cache(args, images: int, data_config: dict, accelerator) -> str:
+def resolve_cache(args, cache: str, images: int, data_config: dict, accelerator) -> str:
     """ "device", "cpu" or "none": what `--cache` means for so many training images.
 
     Raises:
         InputError: a cache is asked for that cannot do what the other options ask for.
     """
     reason = obstacle(args)
-    if args.cache != "auto":
-        if args.cache != "none" and reason:
-            raise InputError(f"--cache {args.cache} cannot do {reason}; use --cache none for that")
-        return args.cache
+    if cache != "auto":
+        if cache != "none" and reason:
+            raise InputError(f"--cache {cache} cannot do {reason}; use --cache none for that")
+        return cache
     channels, height, width = data_config["input_size"]
     pad = args.pad_crop or 0
     if accelerator.device.type == "cuda":

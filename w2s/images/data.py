@@ -14,7 +14,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 
 from w2s.engine.errors import InputError
-from w2s.engine.randomness import spread
+from w2s.engine.randomness import evenly_spread
 from w2s.images.cache import cache_split, resolve_cache
 from w2s.images.digits import Digits
 from w2s.images.loading import ImageSplit, eval_transform, read_image, train_transform
@@ -31,7 +31,8 @@ class ImageData:
     report: Dataset
     num_classes: int
     samples: int  # training images an epoch
-    facts: dict = field(default_factory=dict)  # sizes, for summary.json and the first lines
+    cache: str  # what --cache came to: "device", "cpu" or "none"
+    sizes: dict = field(default_factory=dict)  # of the splits, for summary.json and the first lines
 
 
 def open_dataset(
@@ -204,7 +205,7 @@ def check_images(source: Dataset, indices: np.ndarray, mode: str, limit: int) ->
         InputError: an image is corrupt; it is named.
     """
     decoded = {}
-    chosen = indices[spread(len(indices), limit)]
+    chosen = indices[evenly_spread(len(indices), limit)]
     with ThreadPoolExecutor() as pool:
         for index, (image, target) in zip(
             chosen, pool.map(lambda i: read_image(source, int(i), mode), chosen), strict=True
@@ -214,7 +215,7 @@ def check_images(source: Dataset, indices: np.ndarray, mode: str, limit: int) ->
     return decoded
 
 
-def load_data(args, data_config: dict, num_classes: int | None, accelerator) -> ImageData:
+def load_data(args, data_config: dict, num_classes: int | None, accelerator, cache: str) -> ImageData:
     """Open, check and cut `--dataset` for a run; settles what `--cache auto` means.
 
     Raises:
@@ -225,7 +226,7 @@ def load_data(args, data_config: dict, num_classes: int | None, accelerator) -> 
     except Exception as error:  # timm checks --aa, --interpolation, --remode and the like by assertion and look-up
         raise InputError(f"cannot build the transforms: {type(error).__name__}: {error}") from None
     if args.dataset.partition("/")[0] in STREAMS:
-        return _load_stream(args, training, evaluation, num_classes)
+        return _load_stream(args, training, evaluation, num_classes, cache)
     mode = image_mode(args)
     source = open_dataset(args, args.train_split)
     names = class_names(source)
@@ -258,12 +259,12 @@ def load_data(args, data_config: dict, num_classes: int | None, accelerator) -> 
     if args.dry_run:
         switch_rows, report_rows = (rows[: 4 * args.batch_size] for rows in (switch_rows, report_rows))
 
-    args.cache = resolve_cache(args, len(train_rows), data_config, accelerator)
-    device = accelerator.device if args.cache == "device" else torch.device("cpu")
+    cache = resolve_cache(args, cache, len(train_rows), data_config, accelerator)
+    device = accelerator.device if cache == "device" else torch.device("cpu")
 
     def split(part: Dataset, rows: np.ndarray, transform: Callable, seed: int | None = None) -> Dataset:
         unused = args.eval_only and part is source
-        if args.cache != "none" and not unused:
+        if cache != "none" and not unused:
             return cache_split(ImageSplit(part, rows, None, mode), args, data_config, device, training=seed is not None)
         limit = 0 if unused else args.check_images
         return ImageSplit(part, rows, transform, mode, seed, check_images(part, rows, mode, limit))
@@ -274,7 +275,8 @@ def load_data(args, data_config: dict, num_classes: int | None, accelerator) -> 
         report=split(report, report_rows, evaluation),
         num_classes=num_classes,
         samples=len(train_rows),
-        facts={"train": len(train_rows), "switch": len(switch_rows), "report": len(report_rows)},
+        cache=cache,
+        sizes={"train": len(train_rows), "switch": len(switch_rows), "report": len(report_rows)},
     )
 
 
@@ -289,15 +291,15 @@ def class_names(dataset: Dataset) -> dict:
     return getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
 
 
-def _load_stream(args, training: Callable, evaluation: Callable, num_classes: int | None) -> ImageData:
+def _load_stream(args, training: Callable, evaluation: Callable, num_classes: int | None, cache: str) -> ImageData:
     """Shards read in sequence: no random access, so the switch split is a split of its own."""
     if num_classes is None:
         raise InputError(f"--dataset {args.dataset} is a stream: give --num-classes")
     if args.train_samples is not None:
         raise InputError(f"--train-samples needs random access, which --dataset {args.dataset} has not")
-    if args.cache not in ("auto", "none"):
-        raise InputError(f"--cache {args.cache}: --dataset {args.dataset} is a stream and cannot be kept")
-    args.cache, switch = "none", None
+    if cache not in ("auto", "none"):
+        raise InputError(f"--cache {cache}: --dataset {args.dataset} is a stream and cannot be kept")
+    switch = None
     if args.teacher:
         try:
             float(args.switch_split)
@@ -318,5 +320,5 @@ def _load_stream(args, training: Callable, evaluation: Callable, num_classes: in
     readers = max(args.workers, 1) * PartialState().num_processes
     if shards < readers:
         raise InputError(f"split '{args.train_split}' has {shards} shards, fewer than {readers} loader workers")
-    facts = {"train": samples, "switch": switch.total if switch is not None else 0, "report": report.total}
-    return ImageData(train, switch, report, num_classes, samples, facts)
+    sizes = {"train": samples, "switch": switch.total if switch is not None else 0, "report": report.total}
+    return ImageData(train, switch, report, num_classes=num_classes, samples=samples, cache="none", sizes=sizes)

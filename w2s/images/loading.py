@@ -136,7 +136,7 @@ def train_batches(dataset: Dataset, args, accelerator, start: int, batches: int)
     `batches` of them are an epoch.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    options = loader_options(args, accelerator)
+    options = loader_options(workers=args.workers, device=accelerator.device)
     if isinstance(dataset, CachedSplit):
         source = dataset.train_batches(args.batch_size, batches, args.seed, start, rank, world)
     elif isinstance(dataset, IterableDataset):
@@ -177,7 +177,7 @@ def eval_loader(dataset: Dataset, args, accelerator) -> Iterable:
     batch_size = args.validation_batch_size or args.batch_size
     if isinstance(dataset, CachedSplit):
         return dataset.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes)
-    options = {**loader_options(args, accelerator), "persistent_workers": False}
+    options = {**loader_options(workers=args.workers, device=accelerator.device), "persistent_workers": False}
     generator = torch.Generator().manual_seed(0)
     if isinstance(dataset, IterableDataset):
         dataset.set_loader_cfg(num_workers=args.workers)

@@ -1,10 +1,12 @@
 """Classifier teachers: found, built, and fitted to the student's inputs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from w2s.engine.errors import InputError
@@ -93,7 +95,7 @@ class ImageTeacher(Teacher):
 
     Args:
         model: a timm model with weights; its `pretrained_cfg` says how it wants its input.
-        source, accelerator, channels_last: see `Teacher`.
+        source, accelerator, channels_last, rebuild: see `Teacher`.
         mean, std: how the student's batches are normalised, one number a channel.
     """
 
@@ -101,13 +103,21 @@ class ImageTeacher(Teacher):
         self,
         model: nn.Module,
         source: str,
-        accelerator: "accelerate.Accelerator",  # noqa: F821
+        accelerator: Accelerator,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         channels_last: bool = False,
+        rebuild: Callable[[], nn.Module] | None = None,
     ) -> None:
         config = model.pretrained_cfg
-        super().__init__(model, config.get("architecture"), source, accelerator, channels_last)
+        super().__init__(
+            model,
+            name=config.get("architecture"),
+            source=source,
+            accelerator=accelerator,
+            channels_last=channels_last,
+            rebuild=rebuild,
+        )
         self.size = tuple(config["input_size"][-2:])
         own_mean, own_std = _channels(config["mean"], len(mean)), _channels(config["std"], len(std))
         # one affine map from the student's normalisation to the teacher's

@@ -1,0 +1,44 @@
+"""The denoiser's early teacher."""
+
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from w2s.diffusion.denoisers import UNet, ViT, rebuild
+from w2s.diffusion.process import as_epsilon
+from w2s.teacher import Teacher
+
+
+class DenoiserTeacher(Teacher):
+    """A frozen denoiser that gives epsilon at the student's x_t and t.
+
+    Args:
+        model: a denoiser whose process is the student's.
+        process: that process.
+        source, accelerator, channels_last: see `Teacher`.
+    """
+
+    def __init__(
+        self,
+        model: UNet | ViT,
+        process: DDPMScheduler,
+        source: Path,
+        accelerator: Accelerator,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            name=model.name,
+            source=str(source),
+            accelerator=accelerator,
+            channels_last=channels_last,
+            rebuild=partial(rebuild, model),
+        )
+        self.process = process
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Epsilon (B, C, H, W) at x_t and t (B,)."""
+        return as_epsilon(self.process, self.model(x_t, t, labels), x_t, t)

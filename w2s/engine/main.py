@@ -1,0 +1,79 @@
+"""Runs a script's main and turns how it ended into an exit code."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from w2s.engine.errors import Finished, InputError, NonFiniteLoss, Preempted
+from w2s.engine.run import Run
+from w2s.record import replacing
+
+EXIT_CODES = {InputError: 2, NonFiniteLoss: 3, Preempted: 75, Finished: 0}
+
+
+def call_main(main: Callable[[], None]) -> None:
+    """Run a script's main and exit: 0 done, 2 bad input, 3 non-finite loss, 75 preempted and saved."""
+    Run.opened = None
+    try:
+        main()
+        code = 0
+    except tuple(EXIT_CODES) as error:
+        code = EXIT_CODES[type(error)]
+        _mark_failed(error)
+        _say(error, code)
+    except SystemExit as error:  # --help
+        code = error.code or 0
+    except BaseException as error:
+        sys.excepthook(*sys.exc_info())
+        _mark_failed(error)
+        code = 1
+    for worker in multiprocessing.active_children():
+        worker.kill()  # loader workers ignore SIGTERM, and the interpreter would wait for them for ever
+    if code != 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if code in (0, 75):
+            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
+
+
+def _say(error: Exception, code: int) -> None:
+    """Print the one line of an error, from the main process or, if that does not speak, from this one."""
+    rank = int(os.environ.get("RANK", 0))
+    # the message of an error in a loader's worker begins with the worker's traceback
+    message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+    sys.stdout.flush()
+    if rank == 0:
+        start = "\n" if sys.stderr.isatty() else ""  # a progress bar may stand on the line
+        prefix = "" if code in (0, 75) else "error: "
+        print(f"{start}{prefix}{message}", file=sys.stderr, flush=True)
+    elif code == 2:
+        # Perhaps only this process saw it: a missing disk, a corrupt image. The launcher stops all processes when the
+        # first one exits, so let the main process speak first; if it does, this one is stopped here, silently.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+        print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
+
+
+def _mark_failed(error: BaseException) -> None:
+    """Write into summary.json that the open run has failed, so that nobody starts it again to fail the same way.
+
+    The status stays "running" after a kill and a second Ctrl-C, and where one of several processes ends for another
+    reason than bad input: perhaps another one was killed.
+    """
+    run, Run.opened = Run.opened, None
+    if run is None or not run.keeps:
+        return
+    if isinstance(error, InputError) or (isinstance(error, Exception) and run.launch["processes"] == 1):
+        path = run.folder / "summary.json"  # not through the record: this may not be the process that writes it
+        with contextlib.suppress(OSError, ValueError):
+            summary = json.loads(path.read_text()) | {"status": "failed"}
+            with replacing(path, suffix=f".{os.environ.get('RANK', 0)}.partial") as file:
+                json.dump(summary, file, indent=2)
+                file.write("\n")

@@ -1,0 +1,185 @@
+"""From the options of the method to a `Distillation`: its phase, its control, its teacher and the teacher's score."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from w2s.controls import Control
+from w2s.distillation import Distillation
+from w2s.engine.errors import InputError
+from w2s.engine.plan import Plan
+from w2s.engine.randomness import mix_seed, own_randomness
+from w2s.engine.run import Run
+from w2s.schedule import EarlyPhase
+from w2s.teacher import Teacher
+
+RANDOM_TEACHER = 0x756E7472  # keeps the seed of an untrained teacher apart from the run's other seeds
+
+
+def kd_window(args, length: float) -> tuple[float, float, float]:
+    """Warm-up, hold and decay of lambda; 5 %, 55 % and 20 % of a run of this `length` where they are not given."""
+    given = (args.kd_warmup, args.kd_hold, args.kd_decay)
+    return tuple(
+        share * length if value is None else value for value, share in zip(given, (0.05, 0.55, 0.2), strict=True)
+    )
+
+
+def early_phase(args, length: float, mode: str) -> EarlyPhase | None:
+    """The EarlyPhase of a run of `length` epochs (or updates), None without a teacher.
+
+    Raises:
+        InputError: the window is longer than the run, an option is out of range, or --kd-control has no teacher to
+            stand in for or no other example in the batch to change places with.
+    """
+    if args.kd_control and not args.teacher:
+        raise InputError(
+            f"--kd-control {args.kd_control} takes a teacher's place and its schedule: give --teacher, too"
+        )
+    if args.kd_control == "shuffled" and args.batch_size < 2:
+        raise InputError("--kd-control shuffled exchanges the examples of a batch: --batch-size must be at least 2")
+    if not args.teacher:
+        return None
+    if len(args.kd_temperature) > 2:
+        raise InputError(f"--kd-temperature takes START and END, got {len(args.kd_temperature)} values")
+    window = args.kd_warmup + args.kd_hold + args.kd_decay
+    if args.kd_off != "never" and window > length * (1 + 1e-9):
+        raise InputError(
+            f"the distillation window of {window:g} (--kd-warmup {args.kd_warmup:g} + --kd-hold {args.kd_hold:g} + "
+            f"--kd-decay {args.kd_decay:g}) is longer than the run of {length:g}; shorten it"
+        )
+    try:
+        return EarlyPhase(
+            weight=args.kd_weight,
+            warmup=args.kd_warmup,
+            hold=args.kd_hold,
+            decay=args.kd_decay,
+            temperature=(args.kd_temperature[0], args.kd_temperature[-1]),
+            patience=args.kd_patience,
+            mode=mode,
+            off=args.kd_off,
+        )
+    except ValueError as error:
+        raise InputError(f"distillation schedule: {error}") from None
+
+
+def build_control(args, process: int) -> Control | None:
+    """The control that `--kd-control` asks of this process, None without it."""
+    if not args.kd_control:
+        return None
+
+    def seed_of(update: int, micro: int) -> int:
+        return mix_seed(args.seed, update, process, micro)
+
+    return Control(kind=args.kd_control, seed_of=seed_of)
+
+
+def start_distillation(
+    args,
+    run: Run,
+    plan: Plan,
+    *,
+    phase: EarlyPhase | None,
+    load: Callable[[], Teacher],
+    evaluate: Callable[[Teacher, object], float],
+    report: object,
+    switch: object | None,
+    metric: str,
+    standard_error: Callable[[float], float] | None = None,
+) -> Distillation:
+    """The method of a run, continued from its checkpoint. The teacher is loaded only while its phase lasts.
+
+    Args:
+        args: resolved options; this reads those of the group "distillation".
+        phase: from `early_phase`.
+        load: makes the teacher, fitted to the student.
+        evaluate: gives a teacher's metric on a split, measured as the student's is.
+        report, switch: the reporting split and the switch split, as `evaluate` takes them.
+        metric: its name, for the messages.
+        standard_error: of a score on the switch split, where it is known. With it comes the warning of a score that
+            is too good to be true.
+
+    Raises:
+        InputError: no switch split, a teacher that does not fit, or one whose score is not finite.
+    """
+    control = build_control(args, process=run.accelerator.process_index)
+    kd = Distillation(phase, control=control, unit=plan.unit, updates_per_epoch=plan.updates_per_epoch)
+    if run.state:
+        kd.load_state_dict(run.state)
+    if phase and switch is None:
+        raise InputError("--switch-split 0 leaves no images to compare student and teacher on; give a share above 0")
+    if not kd.active:
+        return kd
+    kd.teacher = load()
+    if kd.score is None:
+        kd.score = score_teacher(
+            kd.teacher,
+            run,
+            metric=metric,
+            mode=phase.mode,
+            evaluate=partial(evaluate, kd.teacher),
+            report=report,
+            switch=switch,
+            known_score=args.teacher_score,
+            standard_error=standard_error,
+        )
+    if args.kd_control == "random":
+        untrain(kd.teacher, seed=run.seed)
+    return kd
+
+
+def score_teacher(
+    teacher: Teacher,
+    run: Run,
+    *,
+    metric: str,
+    mode: str,
+    evaluate: Callable[[object], float],
+    report: object,
+    switch: object,
+    known_score: float | None = None,
+    standard_error: Callable[[float], float] | None = None,
+) -> dict:
+    """Measure a teacher on both splits, say what it scores, and return what summary.json holds of it.
+
+    Args:
+        known_score: from --teacher-score; takes the place of the score on the switch split.
+        standard_error: see `start_distillation`.
+
+    Raises:
+        InputError: a score is not finite: the teacher's weights are broken, and nothing could ever beat it.
+    """
+    reported = evaluate(report)
+    score = evaluate(switch) if known_score is None else known_score
+    if not (math.isfinite(reported) and math.isfinite(score)):
+        raise InputError(
+            f"the teacher from {teacher.source} scores {metric} {reported:g}, {score:g} on the switch split"
+        )
+    how = "measured on the switch split" if known_score is None else "given by --teacher-score"
+    doubt = f" (standard error {standard_error(score):.2g})" if standard_error else ""
+    run.log(
+        f"teacher {teacher.name} ({teacher.params / 1e6:.2f} M) from {teacher.source}: {metric} {reported:.4g} on the "
+        f"reporting split; to beat: {score:.4g}, {how}{doubt}"
+    )
+    lead = score - reported if mode == "max" else reported - score
+    if known_score is None and standard_error and lead > abs(reported) / 50 + 2 * standard_error(score):
+        run.log(
+            "warning: the teacher scores clearly better on the switch split than on the reporting split; if it was "
+            "trained on that data the student may never pass it: give its held-out score with --teacher-score"
+        )
+    return {
+        "model": teacher.name,
+        "switch": score,
+        "report": reported,
+        "params": teacher.params,
+        "checkpoint": teacher.source,
+    }
+
+
+def untrain(teacher: Teacher, seed: int) -> None:
+    """Give a teacher that has been scored the weights of a model that was never trained, drawn from `seed` alone."""
+    with own_randomness():
+        torch.random.default_generator.manual_seed(mix_seed(seed, RANDOM_TEACHER))
+        untrained = teacher.rebuild()
+    teacher.model.load_state_dict(untrained.state_dict())

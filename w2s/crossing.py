@@ -1,6 +1,6 @@
-"""first@tau: when a run first reached a target, on every axis of cost; the clock behind it; metrics.csv, summary.json.
+"""first@tau: when a run first reached a target, on every axis of cost, and the clock that measures the seconds.
 
-Nothing here knows the task, the model or the framework: rows of plain numbers go in, files and crossings come out.
+Nothing here knows the task, the model or the framework: rows of plain numbers go in, crossings come out.
 """
 
 import contextlib

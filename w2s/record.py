@@ -10,12 +10,8 @@ from pathlib import Path
 
 from w2s.crossing import best_value, crossings, target_key
 
-COLUMNS = (
-    *("epoch", "update", "samples", "train_seconds", "total_seconds", "teacher_seconds", "pflops", "lr"),
-    *("kd_weight", "kd_temperature", "kd_active", "train_loss", "task_loss", "kd_loss"),
-)
-
-
+COLUMNS = ("epoch", "update", "samples", "train_seconds", "total_seconds", "teacher_seconds", "pflops", "lr")
+COLUMNS += ("kd_weight", "kd_temperature", "kd_active", "train_loss", "task_loss", "kd_loss")
 TRACKER_AXES = ("epoch", "train_seconds", "pflops")  # the x-axes that curves are drawn over in a dashboard
 
 # options of the training scripts that change neither the training nor its result: they may differ between the runs of a
@@ -29,11 +25,11 @@ BOOKKEEPING_OPTIONS = (
 class RunRecord:
     """The rows of a run and what follows from them: metrics.csv, summary.json, crossings, tracker values.
 
-    Everything but the rows is derived, so a resumed run continues by handing back the rows of its checkpoint.
+    Everything but the rows is derived from them, so a resumed run continues by handing back those of its checkpoint.
 
     Args:
         folder: the run folder, or None to keep nothing (other ranks, a dry run).
-        metric: the reported metric that targets and `best` speak of.
+        metric: the reported metric that targets and `best` refer to.
         mode: "max" or "min".
         targets: tau values fixed before the run.
         reported: names of all reported metrics, `metric` among them; `switch_<metric>` is added.
@@ -53,14 +49,13 @@ class RunRecord:
     ) -> None:
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
-        self.folder, self.metric, self.mode, self.targets, self.facts, self.log = (
-            folder, metric, mode, targets, dict(facts), log,
-        )  # fmt: skip
+        self.folder, self.metric, self.mode, self.targets = folder, metric, mode, targets
+        self.facts, self.log = dict(facts), log
         self.columns = (*COLUMNS, *reported, f"switch_{metric}")
         self.rows: list[dict] = []
 
     def add(self, **row: float | None) -> bool:
-        """Append one evaluation and write it down; a repeated update replaces the row before it.
+        """Append an evaluation and write it to metrics.csv. A repeated update replaces the row before it.
 
         Returns:
             Whether the metric is the best so far (the first of equals).
@@ -90,7 +85,7 @@ class RunRecord:
         return is_best
 
     def rewrite(self, rows: list[dict] | None = None) -> None:
-        """Write metrics.csv anew, from the rows of a checkpoint where given: later and half-written lines go."""
+        """Write metrics.csv anew, from `rows` where they are given, so that later and half-written lines disappear."""
         if rows is not None:
             self.rows = list(rows)
         if self.folder:
@@ -124,7 +119,7 @@ class RunRecord:
         }
 
     def write_summary(self, **facts: object) -> None:
-        """Update the facts and write summary.json; complete or as it was before."""
+        """Update the facts and write summary.json, whole or not at all."""
         self.facts.update(facts)
         if self.folder:
             with replacing(self.folder / "summary.json") as file:
@@ -135,7 +130,7 @@ class RunRecord:
         """A row as tracker scalars: `eval/NAME`, and the metrics again under one prefix for each other x-axis."""
         known = {k: v for k, v in row.items() if v is not None}
         teacher, switch = self.facts.get("teacher"), known.get(f"switch_{self.metric}")
-        if teacher and switch is not None:  # how much better the teacher is on the switch split; below 0: surpassed
+        if teacher and switch is not None:  # how far the teacher is ahead on the switch split; below 0 it is beaten
             known["teacher_gap"] = (teacher["switch"] - switch) * (1 if self.mode == "max" else -1)
         metrics = {k: v for k, v in known.items() if k not in COLUMNS}
         values = {axis: known[axis] for axis in TRACKER_AXES if axis in known}
@@ -145,8 +140,11 @@ class RunRecord:
         return values
 
     def tracker_summary(self) -> dict:
-        """Final values of a run for a tracker's summary: best, last, crossings on each axis (absent if censored), the
-        teacher's scores and where and why it fell silent."""
+        """The final values of a run for a tracker's summary.
+
+        Best, last, the crossings on each axis (absent if censored), the teacher's scores, and where and why it fell
+        silent.
+        """
         summary = self.summary()
         values = {"best": summary["best"], "last": summary["last"]}
         values |= {f"teacher/{split}": (summary.get("teacher") or {}).get(split) for split in ("switch", "report")}
@@ -187,9 +185,9 @@ def read_metrics(path: Path) -> list[dict]:
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w", suffix: str = ".partial") -> Iterator:
-    """Open a file, text or ("wb") binary, that takes the place of `path` only once it is written whole and on disk.
+    """Open a file, as text or ("wb") binary, that takes the place of `path` once it is whole and on disk.
 
-    Until then its name has the `suffix`, which must differ between processes that may write it at the same time.
+    Until then its name ends in `suffix`, which must differ between processes that may write it at the same time.
     """
     beside = path.with_name(path.name + suffix)
     try:

@@ -107,7 +107,7 @@ class EarlyPhase:
     def observe(self, student: float, teacher: float, u: float | None = None) -> bool:
         """Compare both metrics of an evaluation (at u, for the record); switch off if the student has won often enough.
 
-        A metric that is NaN wins nothing and breaks the row of wins. Returns `active`.
+        A metric that is NaN does not win and ends a series of wins. Returns `active`.
         """
         if self.active and self.off == "surpass":
             better = student > teacher if self.mode == "max" else student < teacher

@@ -1,33 +1,22 @@
 """Checkpoints that are complete or absent, whatever kills the process; and what every script does with its run."""
 
-import json
 import math
-import os
-import random
-import signal
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import accelerate
-import numpy as np
 import pytest
 import torch
-import yaml
 from helpers import refused
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from train_cls import build_parser, resolve
-from w2s.engine.checkpoint import load_checkpoint, newest_state, plain, read_state, save_checkpoint
-from w2s.engine.errors import Finished, InputError, NonFiniteLoss, Preempted
-from w2s.engine.files import check_writable
-from w2s.engine.run import Run, call_main, environment
+from w2s.engine.checkpoint import load_checkpoint, newest_state, read_state, save_checkpoint
 from w2s.images.models import create_model
 from w2s.images.teacher import ImageTeacher
-from w2s.record import RunRecord
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,12 +27,6 @@ def fresh_accelerator(**options: object):
     accelerate.state.AcceleratorState._reset_state(True)
     yield accelerate.Accelerator(cpu=True, **options)
     accelerate.state.AcceleratorState._reset_state(True)
-
-
-@pytest.fixture
-def accelerator():
-    with fresh_accelerator() as made:
-        yield made
 
 
 def student_of(seed: int = 0, width: int = 6) -> nn.Module:
@@ -343,236 +326,3 @@ def test_a_file_with_wrong_bytes_of_the_right_length_is_refused(accelerator, tmp
     assert read_state(path)
     with refused("cannot load checkpoint", str(path)):
         load_checkpoint(path, accelerator, training.ema.module)
-
-
-# --- the helpers of a run --------------------------------------------------------------------------------------------
-
-
-def test_the_environment_names_versions_device_and_commit(accelerator):
-    found = environment(accelerator)
-    assert json.loads(json.dumps(found)) == found
-    assert (found["torch"], found["accelerate"]) == (torch.__version__, accelerate.__version__)
-    assert found["device"].startswith("cpu") and found["processes"] == 1 and found["mixed_precision"] == "no"
-    assert found["git"] is None or len(found["git"]) == 40
-
-
-def test_the_environment_is_told_where_git_is_not_installed(accelerator, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment(accelerator)["git"] is None
-
-
-@pytest.mark.parametrize("folder", ["", "new", "new/deep/deeper"])
-def test_trying_to_write_leaves_nothing_behind(tmp_path, folder):
-    check_writable(tmp_path / folder)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_relative_folder_may_be_written_to(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    check_writable(Path("new/run"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_below_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with refused("cannot write", str(tmp_path / "file"), "--output"):
-        check_writable(tmp_path / "file" / "run")
-
-
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
-    with refused("cannot write", str(tmp_path), "--output"):
-        check_writable(tmp_path / "run")
-    tmp_path.chmod(0o700)
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "last"),
-    [
-        (None, 0, ""),
-        (InputError("the model is unknown"), 2, "error: the model is unknown"),
-        (NonFiniteLoss("the loss is not finite"), 3, "error: the loss is not finite"),
-        (Preempted("saved at update 7"), 75, "saved at update 7"),
-        (Finished("already finished"), 0, "already finished"),
-        (SystemExit(0), 0, ""),
-        (InputError("Caught InputError in DataLoader worker process 0.\nTraceback ...\nw2s.options.InputError: corrupt "
-                    "image a.png\n"), 2, "error: corrupt image a.png"),
-    ],
-    ids=["done", "bad input", "not finite", "preempted", "finished", "help", "from a worker"],
-)  # fmt: skip
-def test_a_script_ends_with_its_code_and_one_line(capsys, error, code, last):
-    def main() -> None:
-        if error:
-            raise error
-
-    with pytest.raises(SystemExit) as exit_:
-        call_main(main)
-    assert exit_.value.code == code
-    assert capsys.readouterr().err == (f"{last}\n" if last else "")
-
-
-def test_other_errors_end_with_code_1_and_their_traceback(capsys):
-    def main() -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(SystemExit) as exit_:
-        call_main(main)
-    assert exit_.value.code == 1
-    assert "Traceback" in (printed := capsys.readouterr().err) and "ZeroDivisionError" in printed
-
-
-@pytest.mark.parametrize(
-    ("error", "processes", "status"),
-    [
-        (InputError("corrupt image"), 1, "failed"),
-        (InputError("corrupt image"), 8, "failed"),
-        (ZeroDivisionError(), 1, "failed"),
-        (RuntimeError("connection closed by peer"), 8, "running"),  # the peer may have been killed
-        (KeyboardInterrupt(), 1, "running"),
-        (Preempted("saved"), 1, "preempted"),
-    ],
-)
-def test_what_ends_an_open_run_stands_in_its_summary(run_of, tmp_path, error, processes, status):
-    def main() -> None:
-        run = run_of()
-        run.launch["processes"] = processes
-        run.open(lambda folder, facts, log: RunRecord(folder, "top1", "max", [50.0], ("top1",), facts, log))
-        run.record.add(epoch=1, update=4, top1=60.0)
-        if status == "preempted":
-            run.finish(status)
-        raise error
-
-    with pytest.raises(SystemExit):
-        call_main(main)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["status"], summary["best"], summary["targets"]["50"]["first"]["update"]) == (status, 60.0, 4)
-    assert not list((tmp_path / "run").glob("*.partial"))
-
-
-def test_a_refusal_leaves_the_run_before_it_alone(run_of, tmp_path):
-    run = run_of()
-    run.open(lambda folder, facts, log: RunRecord(folder, "top1", "max", [], ("top1",), facts, log))
-
-    def main() -> None:
-        raise InputError("the model is unknown")
-
-    with pytest.raises(SystemExit):
-        call_main(main)
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "running"
-
-
-def test_options_are_written_as_yaml_and_json_know_them():
-    args = build_parser().parse_recipe(["--model-kwargs", "dims=(1, 2)", "--lr", "1e-7", "-c", os.devnull])
-    options = plain(vars(args))
-    assert yaml.safe_load(yaml.safe_dump(options)) == json.loads(json.dumps(options)) == options
-    assert options["model_kwargs"] == {"dims": [1, 2]} and options["lr"] == 1e-7
-    assert "config" not in options
-
-
-# --- where a run lives -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run_of(tmp_path, monkeypatch):
-    """A Run of the script's options in tmp_path/run."""
-    accelerate.state.AcceleratorState._reset_state(True)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def make(**changes: object) -> Run:
-        words = f"--dataset digits --model resnet10t --output {tmp_path} --name run".split()
-        args = build_parser().parse_recipe(words)
-        vars(args).update(changes)
-        resolve(args)
-        return Run(args, "cls")
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield make
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    accelerate.state.AcceleratorState._reset_state(True)
-
-
-def leave_run(folder: Path, status: str = "running", **changes: object) -> None:
-    """What a run of the same options has left in its folder."""
-    words = f"--dataset digits --model resnet10t --output {folder.parent} --name run".split()
-    args = build_parser().parse_recipe(words)
-    resolve(args)
-    folder.mkdir(parents=True)
-    (folder / "args.yaml").write_text(yaml.safe_dump(plain(vars(args)) | changes))
-    (folder / "summary.json").write_text(json.dumps({"status": status}))
-
-
-def test_making_a_run_creates_nothing_on_disk(run_of, tmp_path):
-    run_of()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_with_something_else_in_it_is_refused(run_of, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("all of it")
-    with refused(str(tmp_path / "run"), "--name"):
-        run_of()
-    assert names(tmp_path / "run") == ["thesis.tex"]
-
-
-def test_an_empty_folder_is_used(run_of, tmp_path):
-    (tmp_path / "run").mkdir()
-    assert run_of().folder == tmp_path / "run"
-
-
-def test_a_run_is_not_overwritten(run_of, tmp_path):
-    leave_run(tmp_path / "run")
-    with refused(str(tmp_path / "run"), "--resume auto"):
-        run_of()
-
-
-def test_a_run_of_other_options_is_not_resumed(run_of, tmp_path):
-    leave_run(tmp_path / "run", epochs=7, lr=0.5)
-    with refused("--lr", "0.5", "2 options differ"):
-        run_of(resume="auto")
-
-
-def test_options_that_change_no_result_may_change_on_resume(run_of, tmp_path):
-    leave_run(tmp_path / "run", workers=9, log_interval=3, checkpoint_hist=7)
-    assert run_of(resume="auto").state is None
-
-
-def test_a_finished_run_is_not_resumed(run_of, tmp_path):
-    leave_run(tmp_path / "run", status="finished")
-    with pytest.raises(Finished, match="already finished"):
-        run_of(resume="auto")
-
-
-@pytest.mark.parametrize("text", ["", "- a\n", "lr: [\n"])
-def test_a_run_with_a_broken_args_yaml_is_refused(run_of, tmp_path, text):
-    leave_run(tmp_path / "run")
-    (tmp_path / "run" / "args.yaml").write_text(text)
-    with refused(str(tmp_path / "run")):
-        run_of(resume="auto")
-
-
-@pytest.mark.parametrize("option", ["dry_run", "eval_only"])
-def test_a_run_that_keeps_nothing_looks_at_no_folder(run_of, tmp_path, option):
-    leave_run(tmp_path / "run", epochs=7)
-    assert run_of(**{option: True}).keeps is False
-
-
-def test_the_randomness_of_an_update_is_a_function_of_seed_and_update(run_of):
-    def draw(seed: int, update: int) -> tuple:
-        run = run_of(seed=seed)
-        run.seed_update(update)
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    assert draw(0, 5) == draw(0, 5)
-    for other in (draw(0, 6), draw(1, 5)):
-        assert all(a != b for a, b in zip(draw(0, 5), other, strict=True))
-
-
-def test_a_loss_that_was_not_finite_is_remembered(run_of):
-    run = run_of()
-    run.watch(torch.tensor(1.0))
-    assert run._bad == 0
-    run.watch(torch.tensor(math.inf))
-    run.watch(torch.tensor(2.0))
-    assert run._bad > 0

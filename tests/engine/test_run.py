@@ -1,9 +1,22 @@
-"""What a run decides before it begins. Folders, resumes, signals and exit codes are tested with the scripts."""
+"""Where a run lives, what it decides before it begins, and its randomness."""
 
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import accelerate
+import numpy as np
 import pytest
 import torch
+import yaml
+from helpers import refused
 
-from w2s.engine.run import default_precision
+from train_cls import build_parser, resolve
+from w2s.engine.checkpoint import plain
+from w2s.engine.errors import Finished
+from w2s.engine.run import default_precision, environment
 
 
 @pytest.mark.parametrize(
@@ -25,3 +38,115 @@ def test_bf16_is_the_default_of_gpus_that_have_it_but_a_launcher_decides(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert default_precision() == expected
+
+
+# --- its facts ---
+
+
+def test_the_environment_names_versions_device_and_commit(accelerator):
+    found = environment(accelerator)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["torch"], found["accelerate"]) == (torch.__version__, accelerate.__version__)
+    assert found["device"].startswith("cpu") and found["processes"] == 1 and found["mixed_precision"] == "no"
+    assert found["git"] is None or len(found["git"]) == 40
+
+
+def test_the_environment_is_told_where_git_is_not_installed(accelerator, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment(accelerator)["git"] is None
+
+
+def test_options_are_written_as_yaml_and_json_know_them():
+    args = build_parser().parse_recipe(["--model-kwargs", "dims=(1, 2)", "--lr", "1e-7", "-c", os.devnull])
+    options = plain(vars(args))
+    assert yaml.safe_load(yaml.safe_dump(options)) == json.loads(json.dumps(options)) == options
+    assert options["model_kwargs"] == {"dims": [1, 2]} and options["lr"] == 1e-7
+    assert "config" not in options
+
+
+# --- its folder ---
+
+
+def leave_run(folder: Path, status: str = "running", **changes: object) -> None:
+    """What a run of the same options has left in its folder."""
+    words = f"--dataset digits --model resnet10t --output {folder.parent} --name run".split()
+    args = build_parser().parse_recipe(words)
+    resolve(args)
+    folder.mkdir(parents=True)
+    (folder / "args.yaml").write_text(yaml.safe_dump(plain(vars(args)) | changes))
+    (folder / "summary.json").write_text(json.dumps({"status": status}))
+
+
+def test_making_a_run_creates_nothing_on_disk(run_of, tmp_path):
+    run_of()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_else_in_it_is_refused(run_of, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("all of it")
+    with refused(str(tmp_path / "run"), "--name"):
+        run_of()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_folder_is_used(run_of, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert run_of().folder == tmp_path / "run"
+
+
+def test_a_run_is_not_overwritten(run_of, tmp_path):
+    leave_run(tmp_path / "run")
+    with refused(str(tmp_path / "run"), "--resume auto"):
+        run_of()
+
+
+def test_a_run_of_other_options_is_not_resumed(run_of, tmp_path):
+    leave_run(tmp_path / "run", epochs=7, lr=0.5)
+    with refused("--lr", "0.5", "2 options differ"):
+        run_of(resume="auto")
+
+
+def test_options_that_change_no_result_may_change_on_resume(run_of, tmp_path):
+    leave_run(tmp_path / "run", workers=9, log_interval=3, checkpoint_hist=7)
+    assert run_of(resume="auto").state is None
+
+
+def test_a_finished_run_is_not_resumed(run_of, tmp_path):
+    leave_run(tmp_path / "run", status="finished")
+    with pytest.raises(Finished, match="already finished"):
+        run_of(resume="auto")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "lr: [\n"])
+def test_a_run_with_a_broken_args_yaml_is_refused(run_of, tmp_path, text):
+    leave_run(tmp_path / "run")
+    (tmp_path / "run" / "args.yaml").write_text(text)
+    with refused(str(tmp_path / "run")):
+        run_of(resume="auto")
+
+
+@pytest.mark.parametrize("option", ["dry_run", "eval_only"])
+def test_a_run_that_keeps_nothing_looks_at_no_folder(run_of, tmp_path, option):
+    leave_run(tmp_path / "run", epochs=7)
+    assert run_of(**{option: True}).keeps is False
+
+
+def test_the_randomness_of_an_update_is_a_function_of_seed_and_update(run_of):
+    def draw(seed: int, update: int) -> tuple:
+        run = run_of(seed=seed)
+        run.seed_update(update)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert draw(0, 5) == draw(0, 5)
+    for other in (draw(0, 6), draw(1, 5)):
+        assert all(a != b for a, b in zip(draw(0, 5), other, strict=True))
+
+
+def test_a_loss_that_was_not_finite_is_remembered(run_of):
+    run = run_of()
+    run.watch(torch.tensor(1.0))
+    assert run._nonfinite == 0
+    run.watch(torch.tensor(math.inf))
+    run.watch(torch.tensor(2.0))
+    assert run._nonfinite > 0

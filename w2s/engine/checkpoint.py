@@ -1,7 +1,7 @@
-"""Checkpoints that are complete or absent, and are checked before they are believed.
+"""Checkpoints that are complete or absent, and that are checked before they are used.
 
-`save_state` of Accelerate is not atomic; here it writes beside, state.json comes last with the size of every file,
-everything is synced to disk, and a rename makes it a checkpoint. Only then are old ones dropped.
+Accelerate's `save_state` is not atomic. Here it writes into a folder beside, state.json comes last with the size of
+every file, everything is synced to disk, and a rename makes it a checkpoint. Only then are old ones deleted.
 """
 
 import dataclasses
@@ -15,15 +15,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from w2s.engine.errors import Finished, InputError
+from w2s.engine.errors import Finished, InputError, last_line
 from w2s.engine.files import check_writable, drop_folder, put_in_place
+from w2s.record import BOOKKEEPING_OPTIONS
 
 # options that may change when a run is resumed: they do not change what it computes
-FREE_OPTIONS = (
-    *("config", "output", "name", "resume", "dry_run", "eval_only", "log_with", "project", "group"),
-    *("log_interval", "checkpoint_hist", "recovery_interval", "workers", "check_images", "validation_batch_size"),
-    "fd_cache",
-)
+FREE_OPTIONS = (*BOOKKEEPING_OPTIONS, "workers")
 
 
 def locate(
@@ -76,7 +73,7 @@ def locate(
 
 
 def plain(options: dict) -> dict:
-    """Options as YAML and JSON know them."""
+    """Options as types that YAML and JSON know."""
 
     def simple(value: object) -> object:
         if isinstance(value, tuple | list):
@@ -136,7 +133,7 @@ def load_checkpoint(path: Path, accelerator: accelerate.Accelerator, ema: nn.Mod
         if ema is not None:
             ema.load_state_dict(load_file(path / "ema.safetensors"))
     except Exception as error:  # torch, safetensors and pickle raise many kinds for a damaged file
-        reason = (str(error).strip().splitlines() or [""])[-1][:200]
+        reason = last_line(error, limit=200)
         raise InputError(f"cannot load checkpoint {path}: {type(error).__name__}: {reason}") from None
 
 
@@ -159,7 +156,7 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def newest_state(root: Path, warn) -> tuple[Path | None, dict | None]:
+def newest_state(root: Path, warn: Callable[[str], None]) -> tuple[Path | None, dict | None]:
     """The newest complete checkpoint under `root` and its state, (None, None) if there is none yet.
 
     `warn` is told of damaged ones.

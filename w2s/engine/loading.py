@@ -49,10 +49,10 @@ class EvalBatches:
 
 
 def to_device(batches: Iterable, device: torch.device) -> Iterator:
-    """The batches on a device.
+    """The batches, moved to a device.
 
-    To a GPU they are copied from pinned memory on a stream of their own, while it still works on the update before:
-    nothing in the loops waits for it.
+    Copies to a GPU are made from pinned memory on a stream of their own, while the GPU still works on the update
+    before, so that the training loop does not wait for them.
     """
     if device.type != "cuda":
         yield from (send_to_device(batch, device) for batch in batches)
@@ -62,13 +62,13 @@ def to_device(batches: Iterable, device: torch.device) -> Iterator:
         with torch.cuda.stream(copies):
             batch = send_to_device(batch, device, non_blocking=True)
         training.wait_stream(copies)
-        # freed on this side, its memory must not be copied into before the update that reads it is done
+        # once this side has freed a batch, its memory must not be reused before the update that reads it is done
         recursively_apply(lambda tensor: tensor.record_stream(training), batch)
         yield batch
 
 
 def loader_options(*, workers: int, device: torch.device) -> dict:
-    """What all loaders of a run have in common, as arguments of DataLoader."""
+    """The arguments of DataLoader that all loaders of a run have in common."""
     return {
         "num_workers": workers,
         "pin_memory": device.type == "cuda",
@@ -78,6 +78,6 @@ def loader_options(*, workers: int, device: torch.device) -> dict:
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    """Ctrl-C and job schedulers signal every process: a worker that dies of it would take the last batches with it."""
+    """Ctrl-C and job schedulers signal every process; a worker that died of it would take the last batches with it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -26,7 +26,10 @@ def mix_seed(*key: int) -> int:
 
 @contextlib.contextmanager
 def own_randomness() -> Iterator[None]:
-    """Let a block reseed the CPU generators without touching the caller's (the main process, with 0 workers)."""
+    """Let a block reseed the CPU generators, and put back their states afterwards.
+
+    With 0 workers the main process loads the data, and its own generators must not notice.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -50,5 +53,5 @@ def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def evenly_spread(length: int, count: int) -> np.ndarray:
-    """`count` positions of so many, evenly spread over them; all if there are no more, or if it is negative."""
+    """`count` of `length` positions, evenly spread; all of them if `count` is negative or not smaller."""
     return np.linspace(0, length, length if count < 0 else min(count, length), endpoint=False).astype(int)

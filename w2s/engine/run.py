@@ -16,7 +16,8 @@ import numpy as np
 import timm
 import torch
 import yaml
-from accelerate.utils import ProjectConfiguration, broadcast
+from accelerate.utils import ProjectConfiguration
+from timm.utils import distribute_bn
 from torch import nn
 from tqdm import tqdm
 
@@ -215,8 +216,7 @@ class Run:
     def share_buffers(self, model: nn.Module) -> None:
         """Give all processes the BatchNorm statistics of the first one: each has seen its own batches."""
         if self.accelerator.num_processes > 1:
-            for buffer in model.buffers():
-                buffer.copy_(broadcast(buffer))
+            distribute_bn(model, self.accelerator.num_processes, reduce=False)
 
     # ---- checkpoints and the end ----
 

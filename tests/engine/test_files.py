@@ -1,0 +1,66 @@
+"""Folders that are whole or not there, and the trial whether one can be written."""
+
+import os
+from pathlib import Path
+
+import pytest
+from helpers import refused
+
+from w2s.engine.files import check_writable, drop_folder, put_in_place, replacing_folder
+
+
+@pytest.mark.parametrize("folder", ["", "new", "new/deep/deeper"])
+def test_trying_to_write_leaves_nothing_behind(tmp_path, folder):
+    check_writable(tmp_path / folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_relative_folder_may_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_writable(Path("new/run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with refused("cannot write", str(tmp_path / "file"), "--output"):
+        check_writable(tmp_path / "file" / "run")
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with refused("cannot write", str(tmp_path), "--output"):
+        check_writable(tmp_path / "run")
+    tmp_path.chmod(0o700)
+
+
+def test_a_folder_takes_the_place_of_the_one_before_only_when_it_is_written(tmp_path):
+    folder = tmp_path / "model"
+    for text in ("old", "new"):
+        with replacing_folder(folder) as beside:
+            (beside / "weights").write_text(text)
+            assert not folder.exists() if text == "old" else (folder / "weights").read_text() == "old"
+    assert (folder / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_block_that_fails_leaves_the_folder_as_it_was(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing_folder(folder) as beside:
+        (beside / "weights").write_text("half")
+        raise ZeroDivisionError
+    assert (folder / "weights").read_text() == "old"
+    with replacing_folder(folder) as beside:  # what was left half-written does not get into the next one
+        assert list(beside.iterdir()) == []
+    assert list(folder.iterdir()) == []
+
+
+def test_what_an_earlier_kill_left_does_not_stop_the_next_one(tmp_path):
+    for name in (".model.dropped", "model", "beside"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    put_in_place(tmp_path / "beside", tmp_path / "model")
+    drop_folder(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,62 @@
+"""From the options of the method to its phase, its control and its teacher's score."""
+
+import pytest
+from helpers import refused
+
+from train_cls import build_parser
+from w2s.engine.teaching import early_phase, kd_window
+
+
+def phase(words: str = "", length: float = 100):
+    words = f"--teacher somewhere {words}"
+    args = build_parser().parse_recipe(words.split())
+    args.kd_warmup, args.kd_hold, args.kd_decay = kd_window(args, length)
+    return early_phase(args, length=length, mode="max"), args
+
+
+def test_the_default_window_is_a_share_of_the_run_and_is_written_down():
+    made, args = phase(length=40)
+    assert (args.kd_warmup, args.kd_hold, args.kd_decay) == (2, 22, 8)
+    assert (made.warmup, made.hold, made.decay) == (2, 22, 8)
+
+
+def test_the_options_reach_the_phase():
+    made, _ = phase("--kd-weight 2 --kd-warmup 1 --kd-hold 3 --kd-decay 4 --kd-temperature 5 2 --kd-patience 3")
+    assert (made.full_weight, made.warmup, made.hold, made.decay, made.patience) == (2, 1, 3, 4, 3)
+    assert (made.temperature(0), made.temperature(8), made.mode, made.off) == (5, 2, "max", "surpass")
+
+
+def test_one_temperature_is_constant():
+    made, _ = phase("--kd-temperature 4")
+    assert made.temperature(0) == made.temperature(40) == 4
+
+
+def test_a_window_as_long_as_the_run_is_accepted():
+    made, _ = phase("--kd-warmup 0.1 --kd-hold 0.2 --kd-decay 0.7", length=1)
+    assert made.window == pytest.approx(1)
+
+
+def test_a_window_longer_than_the_run_is_refused():
+    with refused("longer than the run of 10", "--kd-hold 8"):
+        phase("--kd-warmup 1 --kd-hold 8 --kd-decay 2", length=10)
+
+
+def test_distillation_that_never_ends_needs_no_window_within_the_run():
+    made, _ = phase("--kd-warmup 1 --kd-hold 8 --kd-decay 2 --kd-off never", length=10)
+    assert made.weight(9.9) == made.full_weight
+
+
+@pytest.mark.parametrize("words", ["--kd-temperature 6 3 1", "--kd-temperature 0", "--kd-temperature 6 -1"])
+def test_an_impossible_temperature_is_refused(words):
+    with refused("temperature"):
+        phase(words)
+
+
+@pytest.mark.parametrize("words", ["--kd-weight inf", "--kd-hold inf"])
+def test_an_infinite_weight_or_window_is_refused(words):
+    with refused("inf"):
+        phase(words)
+
+
+def test_without_a_teacher_there_is_no_phase():
+    assert early_phase(build_parser().parse_recipe([]), length=10, mode="max") is None

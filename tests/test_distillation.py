@@ -1,0 +1,177 @@
+"""The method as one object, without any script: when the teacher speaks, when it falls silent, what is kept of it."""
+
+import weakref
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from w2s.controls import Control
+from w2s.distillation import Distillation
+from w2s.schedule import EarlyPhase
+from w2s.teacher import Teacher
+
+SCORE = {"model": "linear", "switch": 60.0, "report": 59.0, "params": 6, "checkpoint": "somewhere"}
+
+
+def distillation(control: str | None = None, unit: str = "epoch", **options) -> Distillation:
+    """Ten updates an epoch; lambda 2 held for 4 units and gone after 6, unless `options` say otherwise."""
+    phase = EarlyPhase(**{"weight": 2.0, "hold": 4.0, "decay": 2.0, "patience": 2, **options})
+    made = Control(kind=control, seed_of=lambda update, micro: 100 * update + micro) if control else None
+    kd = Distillation(phase, control=made, unit=unit, updates_per_epoch=10)
+    kd.teacher = Teacher(nn.Linear(2, 3), name="linear", source="somewhere", accelerator=Accelerator(cpu=True))
+    kd.score = dict(SCORE)
+    return kd
+
+
+def test_a_student_alone_has_an_object_that_does_nothing():
+    kd = Distillation()
+    kd.advance(0)
+    assert (kd.active, kd.weight, kd.off, kd.score, kd.describe(), kd.needs_forward) == (
+        False,
+        0.0,
+        None,
+        None,
+        None,
+        False,
+    )
+    assert kd.count_update() is False and kd.updates == 0
+    assert kd.take_seconds() == 0.0
+    assert kd.take_evaluation() == {"kd_weight": 0.0, "kd_active": 0}
+    assert kd.state_dict() == {"phase": None, "teacher": None, "kd_updates": 0}
+    kd.restart_timer()
+    kd.compile("eager")
+
+
+@pytest.mark.parametrize(("unit", "update", "weight"), [("epoch", 39, 2.0), ("epoch", 50, 1.0), ("update", 5, 1.0)])
+def test_weight_and_temperature_are_those_of_the_phase_at_the_update(unit, update, weight):
+    kd = distillation(unit=unit)
+    kd.advance(update)
+    assert kd.weight == weight
+    assert kd.temperature == kd.phase.temperature(update / 10 if unit == "epoch" else update)
+
+
+def test_the_teacher_answers_without_gradient_and_is_counted():
+    kd = distillation()
+    kd.advance(0)
+    inputs = torch.ones(4, 2, requires_grad=True)
+    outputs = kd.teach(inputs)
+    assert torch.equal(outputs, kd.teacher.model(inputs)) and not outputs.requires_grad
+    assert kd.teacher.calls == 1
+    assert kd.count_update() is True and kd.updates == 1
+
+
+def test_each_micro_batch_of_an_update_is_shuffled_in_its_own_way():
+    kd = distillation(control="shuffled")
+    inputs = torch.arange(64.0).view(32, 2)
+    kd.advance(3)
+    first, second = kd.teach(inputs), kd.teach(inputs)
+    kd.advance(3)
+    assert torch.equal(kd.teach(inputs), first) and not torch.equal(first, second)
+
+
+def test_a_control_that_asks_no_teacher_needs_no_forward():
+    assert distillation().needs_forward and distillation(control="labels").needs_forward
+    assert not distillation(control="uniform").needs_forward
+
+
+def test_the_end_of_the_window_frees_the_teacher():
+    kd = distillation()
+    model = weakref.ref(kd.teacher.model)
+    kd.advance(59)
+    assert kd.active and kd.off is None
+    kd.advance(60)
+    assert kd.teacher is None and model() is None
+    assert (kd.active, kd.weight) == (False, 0.0)
+    assert kd.off == {"epoch": 6.0, "update": 60, "reason": "window"}
+
+
+def test_a_student_that_is_strictly_better_twice_in_a_row_frees_the_teacher():
+    kd = distillation()
+    model = weakref.ref(kd.teacher.model)
+    for update, student in ((10, 60.5), (20, 60.0), (30, 60.1)):  # equal is not better
+        kd.observe(student, update=update)
+        assert kd.active
+    kd.observe(60.1, update=40)
+    assert kd.teacher is None and model() is None
+    assert kd.off == {"epoch": 4.0, "update": 40, "reason": "surpass"}
+    kd.advance(40)
+    assert kd.weight == 0.0
+
+
+def test_lower_is_better_where_the_metric_says_so():
+    kd = distillation(mode="min", patience=1, unit="update")
+    kd.observe(60.5, update=2)
+    assert kd.active
+    kd.observe(59.5, update=3)
+    assert kd.off == {"epoch": 0.3, "update": 3, "reason": "surpass"}
+
+
+def test_an_evaluation_is_told_once_with_the_weight_before_the_decision():
+    kd = distillation(patience=1)
+    kd.observe(50.0, update=50)
+    assert kd.take_evaluation() == {
+        "kd_weight": 1.0,
+        "kd_temperature": kd.phase.temperature(5.0),
+        "switch": 50.0,
+        "kd_active": 1,
+    }
+    kd.observe(70.0, update=50)
+    assert kd.take_evaluation()["kd_weight"] == 1.0 and not kd.active
+    assert kd.take_evaluation() == {"kd_weight": 0.0, "kd_active": 0}
+
+
+def test_silence_ends_it_whatever_the_metrics_say():
+    kd = distillation(off="never")
+    kd.silence(update=7, reason="surpass")
+    assert kd.teacher is None and kd.off == {"epoch": 0.7, "update": 7, "reason": "surpass"}
+
+
+def test_the_seconds_of_a_released_teacher_are_not_lost():
+    kd = distillation()
+    kd.restart_timer()
+    for _ in range(3):
+        kd.teach(torch.ones(1, 2))
+    kd.silence(update=3, reason="window")
+    assert kd.take_seconds() > 0
+    assert kd.take_seconds() == 0.0
+
+
+def test_a_checkpoint_brings_back_wins_score_and_count_but_no_weights():
+    kd = distillation()
+    kd.advance(0)
+    kd.count_update()
+    kd.observe(61.0, update=10)
+    state = kd.state_dict()
+    assert set(state) == {"phase", "teacher", "kd_updates"} and state["teacher"] == SCORE
+    again = distillation()
+    again.load_state_dict(state)
+    assert (again.updates, again.score) == (1, SCORE)
+    again.observe(61.0, update=20)  # the second win in a row
+    assert again.off["reason"] == "surpass"
+
+
+def test_a_teacher_that_was_off_stays_off_after_a_resume():
+    kd = distillation()
+    kd.silence(update=12, reason="surpass")
+    again = distillation()
+    again.load_state_dict(kd.state_dict())
+    assert not again.active and again.off == kd.off
+    again.advance(13)
+    assert again.weight == 0.0
+    assert "the teacher is not loaded" in again.describe()
+
+
+def test_the_first_lines_say_what_will_happen():
+    line = distillation(control="labels", temperature=(5, 2)).describe()
+    for words in (
+        "lambda 2",
+        "hold 4",
+        "decay 2 epochs",
+        "T 5 to 2",
+        "2 evaluations in a row",
+        "60",
+        "--kd-control labels",
+    ):
+        assert words in line

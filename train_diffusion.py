@@ -22,7 +22,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from w2s.diffusion.data import load_pixels
+from w2s.diffusion.data import PixelData, load_pixels
 from w2s.diffusion.denoisers import build_denoiser, check_same, export, load_denoiser
 from w2s.diffusion.judge import Judge
 from w2s.diffusion.process import (
@@ -163,6 +163,13 @@ def resolve(args) -> None:
         args.sample_steps = min(args.sample_steps, 2)
 
 
+def open_data(args, run: Run) -> PixelData:
+    """The images of this run; args.yaml will say what `--cache auto` came to."""
+    data = load_pixels(args, run.accelerator, cache=run.options["cache"])
+    run.options["cache"] = data.cache
+    return data
+
+
 def build_student(args, num_classes: int, process: DDPMScheduler) -> nn.Module:
     """The denoiser of this run, from --initial-checkpoint where given."""
     classes = num_classes if args.class_cond else None
@@ -176,6 +183,12 @@ def build_student(args, num_classes: int, process: DDPMScheduler) -> nn.Module:
             reason = on_one_line(error, limit=200)
             raise InputError(f"--initial-checkpoint {args.initial_checkpoint} does not fit: {reason}") from None
     return student
+
+
+def start_batches(args, job: Job, data: PixelData) -> Iterator:
+    """The training batches from the job's next micro-batch on."""
+    accum = args.grad_accum_steps
+    return train_batches(data.train, args, job.run.accelerator, job.update * accum, job.plan.updates_per_epoch * accum)
 
 
 def train(args, job: Job, stop: int, batches: Iterator, process: DDPMScheduler) -> None:
@@ -263,8 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args, task="diffusion")
 
     # data, student, judge
-    data = load_pixels(args, run.accelerator, cache=run.options["cache"])
-    run.options["cache"] = data.cache
+    data = open_data(args, run)
     run.seed_all()
     student = build_student(args, data.num_classes, process).to(run.device)
     judge = Judge(args, run.accelerator, data, process, checkpoint=run.checkpoint)
@@ -325,8 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = {**job.facts(), "data": data.sizes, "features": judge.facts()}
     run.open(metric=metric, mode="min", targets=targets, reported=judge.labels, facts=facts)
 
-    accum = args.grad_accum_steps
-    batches = train_batches(data.train, args, run.accelerator, job.update * accum, plan.updates_per_epoch * accum)
+    batches = start_batches(args, job, data)
     picture = run.folder / "samples.png" if run.keeps and run.is_main else None
     while job.update < plan.total:
         stop, evaluation_due = job.next_stop((job.update // args.eval_interval + 1) * args.eval_interval)

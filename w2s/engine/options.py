@@ -294,6 +294,18 @@ def parse_targets(values: list[str], metric: str, low: float, high: float, optio
     return targets
 
 
+def switch_fraction(text: str) -> float:
+    """The share of the training data that `--switch-split` holds out.
+
+    Raises:
+        InputError: it is no number.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--switch-split {text}: a share of the training data, as 0.02") from None
+
+
 def run_name(args) -> str:
     """The name of a run that was given none: its recipe or its model, and its seed."""
     return f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"

@@ -63,6 +63,11 @@ def result_of(tmp_path: Path, baseline: list, treated: list, *more: object) -> d
     return json.loads((tmp_path / "out" / "speedup.json").read_text())
 
 
+def report_of(tmp_path: Path) -> str:
+    """report.md of the comparison that `result_of` made."""
+    return (tmp_path / "out" / "report.md").read_text()
+
+
 def spoil_summary(folder: Path, **facts: object) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(summary | facts))

@@ -20,13 +20,17 @@ from compare.folders import (
     TEACHER,
     TREATED,
     command,
+    report_of,
     result_of,
     spoil_summary,
     write_run,
     write_runs,
 )
 
-from w2s.compare.__main__ import choose_targets, compare, main, read_run
+from w2s.compare.__main__ import main
+from w2s.compare.comparable import choose_targets
+from w2s.compare.runs import read_run
+from w2s.compare.speedup import compare_arms
 from w2s.crossing import AXES
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +38,8 @@ ROOT = Path(__file__).parents[2]
 
 def numbers(baseline: list[Path], treated: list[Path]) -> dict:
     """The same from the library, without the drawing."""
-    arms = {"baseline": [*map(read_run, baseline)], "treated": [*map(read_run, treated)]}
-    result = compare(arms, choose_targets(arms["baseline"] + arms["treated"]))
+    arms = {"baseline": [read_run(folder) for folder in baseline], "treated": [read_run(folder) for folder in treated]}
+    result = compare_arms(arms, choose_targets(arms["baseline"] + arms["treated"]))
     return json.loads(json.dumps(result, allow_nan=False))
 
 
@@ -45,8 +49,9 @@ def core(summary: dict) -> dict:
 
 
 def table(text: str, heading: str) -> list[list[str]]:
-    """The rows of the first Markdown table under a heading, header and rule left out."""
-    lines = text.split(f"## {heading}")[1].splitlines()
+    """The rows of the first Markdown table under a heading or in a fold of this title, header and rule left out."""
+    marks = [mark for mark in (f"## {heading}\n", f"<summary>{heading}</summary>\n") if mark in text]
+    lines = text.split(marks[0])[1].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|"))
     rows = []
     for line in lines[start + 2 :]:
@@ -122,7 +127,7 @@ def test_a_run_that_never_crosses_counts_as_infinite(tmp_path):
     assert entry["lower_bound"]["epoch"] is None
 
 
-def test_a_censored_baseline_median_gives_a_lower_bound(tmp_path, capsys):
+def test_a_censored_baseline_median_gives_a_lower_bound(tmp_path):
     base = write_runs(tmp_path, "base", [[50, 55, 59, 60], [50, 55, 59, 59], [1, 2, 3, 4]], (10.0, 10.0, 20.0))
     treated = write_runs(tmp_path, "w2s", [[60, 60, 60, 60], [50, 60, 61, 61], [50, 61, 61, 61]], (15.0, 15.0, 15.0))
     entry = result_of(tmp_path, base, treated)["targets"]["60"]
@@ -130,10 +135,10 @@ def test_a_censored_baseline_median_gives_a_lower_bound(tmp_path, capsys):
     assert entry["speedup"] == dict.fromkeys(AXES)
     assert entry["lower_bound"]["epoch"] == 2  # last evaluation 4, treated median 2
     assert entry["lower_bound"]["train_seconds"] == pytest.approx(40 / 30)  # ends at 40, 40, 80; treated 15, 30, 30
-    printed = capsys.readouterr().out
-    assert "Speedup: > 2.00x in epochs" in printed
-    assert "> 1.33x in train seconds" in printed
-    rows = table(printed, "first@60")
+    report = report_of(tmp_path)
+    assert "Speedup: > 2.00x in epochs" in report
+    assert "> 1.33x in train seconds" in report
+    rows = table(report, "first@60")
     assert rows[0] == ["first, epochs", "baseline", "4, > 4, > 4", "> 4", "4 to > 4"]
     assert rows[4] == ["first, train seconds", "baseline", "40, > 40, > 80", "> 40", "40 to > 80"]
 
@@ -148,17 +153,17 @@ def test_the_lower_bound_of_two_runs_counts_the_one_that_crossed(tmp_path):
     assert entry["lower_bound"]["epoch"] == 2
 
 
-def test_nothing_is_claimed_where_the_treated_runs_do_not_cross(tmp_path, capsys):
+def test_nothing_is_claimed_where_the_treated_runs_do_not_cross(tmp_path):
     base = write_runs(tmp_path, "base", [[50, 60]])
     treated = write_runs(tmp_path, "w2s", [[50, 59]])
     result = result_of(tmp_path, base, treated, "--target", 60, 70)  # at 70 neither does
     for tau in ("60", "70"):
         assert core(result["targets"][tau]["treated"]["epoch"]) == {"runs": [None], "median": None}
         assert result["targets"][tau]["speedup"] == result["targets"][tau]["lower_bound"] == dict.fromkeys(AXES)
-    assert capsys.readouterr().out.count("Speedup: not defined.") == 2
+    assert report_of(tmp_path).count("Speedup: not defined.") == 2
 
 
-def test_lower_is_better(tmp_path, capsys):
+def test_lower_is_better(tmp_path):
     facts = {"mode": "min", "metric": "fd512", "targets": (15.0, 8.0), "step": 0.25}
     base = write_runs(tmp_path, "base", [[60, 15, 9, 8.5], [50, 16, 14, 8], [70, 14, 12, 7]], **facts)
     treated = write_runs(tmp_path, "w2s", [[15, 9, 8, 9], [14, 8, 7, 6], [13, 12, 8, 7]], **facts)
@@ -171,7 +176,7 @@ def test_lower_is_better(tmp_path, capsys):
     assert core(result["targets"]["8"]["treated"]["epoch"]) == {"runs": [0.75, 0.5, 0.75], "median": 0.75}
     assert core(result["best"]["treated"]) == {"runs": [8, 6, 7], "median": 7}
     assert result["final"]["baseline"]["median"] == 8
-    assert "first evaluation with fd512 <= tau" in capsys.readouterr().out
+    assert "first evaluation with fd512 <= tau" in report_of(tmp_path)
 
 
 @pytest.mark.parametrize(("mode", "values"), [("max", [60, 61, 70]), ("min", [60, 59, 50])])
@@ -191,15 +196,15 @@ def test_targets_that_differ_are_allowed_only_on_demand(tmp_path, capsys):
     words = command(base, treated, tmp_path / "out")
     check_refused(tmp_path, capsys, words, "differ in target: [55.0, 60.0] in ", "--allow target")
     assert list(result_of(tmp_path, base, treated, "--allow", "target")["targets"]) == ["52.5", "55", "60"]
-    assert "Differs by leave of --allow: target: [55.0, 60.0]" in capsys.readouterr().out
+    assert "Differs by leave of --allow: target: [55.0, 60.0]" in report_of(tmp_path)
 
 
-def test_target_overrides_and_the_report_says_so(tmp_path, arms, capsys):
+def test_target_overrides_and_the_report_says_so(tmp_path, arms):
     result = result_of(tmp_path, *arms, "--target", "62.0", "60", "60.0")
     assert list(result["targets"]) == ["60", "62"]
     assert result["targets"]["62"]["baseline"]["epoch"]["runs"] == [4, 5, 4]
-    headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("## first@")]
-    assert headings == ["## first@60", "## first@62 (not among the targets of every run)"]
+    titles = re.findall("<summary>(first@.*)</summary>", report_of(tmp_path))
+    assert titles == ["first@60", "first@62 (not among the targets of every run)"]
 
 
 def test_an_axis_that_was_not_recorded_is_null_and_gives_no_ratio(tmp_path):
@@ -213,40 +218,35 @@ def test_an_axis_that_was_not_recorded_is_null_and_gives_no_ratio(tmp_path):
     assert entry["lower_bound"]["pflops"] is None
 
 
-def test_of_rows_with_the_same_update_the_last_one_counts(tmp_path):
-    base, treated = write_runs(tmp_path, "base", [[50, 60]]), write_runs(tmp_path, "w2s", [[50, 60]])
-    with open(base[0] / "metrics.csv") as file:
-        last = file.read().splitlines()[-1]
-    with open(base[0] / "metrics.csv", "a") as file:
-        file.write(last.replace("60", "59") + "\n")
-    spoil_summary(base[0], best=59, last=59, targets={"60": {"first": None, "confirmed": None}})
-    result = numbers(base, treated)
-    assert result["targets"]["60"]["baseline"]["epoch"]["runs"] == [None]
-    assert result["final"]["baseline"]["median"] == result["best"]["baseline"]["median"] == 59
-
-
 def test_compare_is_a_function_of_runs_and_names_its_arms_as_given(arms):
-    before, after = ([read_run(folder) for folder in group] for group in arms)
-    result = compare({"plain": before, "resnet10t": after}, [60.0])
+    before, after = [read_run(folder) for folder in arms[0]], [read_run(folder) for folder in arms[1]]
+    result = compare_arms({"plain": before, "resnet10t": after}, [60.0])
     assert result["targets"]["60"]["plain"]["epoch"]["median"] == 4
     assert result["targets"]["60"]["speedup"]["epoch"] == 2
-    back = compare({"resnet10t": after, "plain": before}, [60.0])
+    back = compare_arms({"resnet10t": after, "plain": before}, [60.0])
     assert back["targets"]["60"]["speedup"]["epoch"] == 0.5  # the first arm is the reference
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_its_files_and_prints_the_report(tmp_path, arms):
+def test_the_command_writes_its_files_and_prints_the_verdict_and_one_table(tmp_path, arms):
     words = [sys.executable, "-m", "w2s.compare", *command(*arms, tmp_path / "deep" / "out")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "deep" / "out"
     assert sorted(path.name for path in out.iterdir()) == FILES
     report = (out / "report.md").read_text()
-    assert report.startswith(done.stdout)
-    assert report.endswith("![curves](curves.png)\n")
-    assert table(done.stdout, "first@60") == [
+    said, headline, paths = done.stdout.strip().split("\n\n")
+    assert report.split("\n\n")[1:3] == [f"**{said}**", "![curves](curves.png)"]
+    assert headline in report
+    assert table(report, "Speedup") == [
+        ["60", "4", "2", "1.71x (0.75 to 3.92)", "1.34x (0.66 to 2.69)", "1.71x (0.75 to 3.92)", "n/a"]
+    ]
+    assert paths.splitlines() == [
+        str(out / name) for name in ("speedup.json", "report.md", "report.html", "curves.png")
+    ]
+    assert table(report, "first@60") == [
         ["first, epochs", "baseline", "3, 5, 4", "4", "3 to 5"],
         ["first, epochs", "treated", "2, 2, 3", "2", "2 to 3"],
         ["confirmed, epochs", "baseline", "3, > 5, 4", "4", "3 to > 5"],
@@ -256,18 +256,18 @@ def test_the_command_writes_its_files_and_prints_the_report(tmp_path, arms):
         ["confirmed, train seconds", "baseline", "30, > 40, 44", "44", "30 to > 40"],
         ["confirmed, train seconds", "treated", "24, 44, 42", "42", "24 to 44"],
     ]
-    assert table(done.stdout, "Final and best top1") == [
+    assert table(report, "Final and best top1") == [
         ["final", "baseline", "61, 65, 64", "64", "61 to 65"],
         ["final", "treated", "63, 67, 62", "63", "62 to 67"],
         ["best", "baseline", "62, 65, 64", "64", "62 to 65"],
         ["best", "treated", "63, 70, 64", "64", "63 to 70"],
     ]
-    assert "Speedup: 2.00x in epochs, 2.00x in updates, 2.00x in samples, 1.67x in train seconds" in done.stdout
+    assert "Speedup: 2.00x in epochs, 2.00x in updates, 2.00x in samples, 1.67x in train seconds" in report
 
 
-def test_the_report_states_rule_and_conditions(tmp_path, arms, capsys):
+def test_the_report_states_rule_and_conditions(tmp_path, arms):
     result_of(tmp_path, *arms)
-    report = capsys.readouterr().out
+    report = report_of(tmp_path)
     for text in (
         "first evaluation with top1 >= tau",
         "- baseline: 3 runs, seeds 0, 1, 2\n",
@@ -286,7 +286,7 @@ def test_the_report_names_hardware_that_differs_and_a_teacher_that_stays(tmp_pat
     treated = write_runs(tmp_path, "w2s", [[60, 60]], teacher=TEACHER, environment=None)
     check_refused(tmp_path, capsys, command(base, treated, tmp_path / "out"), "device: 'H200' in ", "None in ")
     result_of(tmp_path, base, treated, "--allow", "device")
-    report = capsys.readouterr().out
+    report = report_of(tmp_path)
     assert "- Hardware and software, not the same for all runs: device H200; hardware not recorded\n" in report
     assert "never switched off" in report
 
@@ -415,7 +415,7 @@ def test_runs_with_different_metrics_are_refused(tmp_path, arms, capsys):
 def test_a_folder_that_is_missing_or_given_twice_is_refused(tmp_path, arms, capsys):
     base, treated = arms
     check_refused(
-        tmp_path, capsys, command([*base, tmp_path / "gone"], treated, tmp_path / "out"), "gone does not exist"
+        tmp_path, capsys, command([*base, tmp_path / "gone"], treated, tmp_path / "out"), "gone: no such folder"
     )
     other_spelling = base[1].parent / "base-0" / ".." / "base-1"
     check_refused(tmp_path, capsys, command(base, [other_spelling], tmp_path / "out"), "base-1 is given twice")
@@ -477,13 +477,13 @@ def test_runs_are_paired_by_seed_whatever_their_order(arms):
     )
 
 
-def test_pairs_all_alike_have_no_interval_but_the_bounds_of_the_grid(tmp_path, capsys):
+def test_pairs_all_alike_have_no_interval_but_the_bounds_of_the_grid(tmp_path):
     base = write_runs(tmp_path, "base", [[1, 2, 3, 60]] * 3)
     treated = write_runs(tmp_path, "w2s", [[1, 2, 60, 60]] * 3)
     versus = result_of(tmp_path, base, treated)["targets"]["60"]["versus"]["treated"]["epoch"]
     assert (versus["geometric_mean"], versus["interval"]) == (pytest.approx(4 / 3), None)
     assert versus["resolution"] == pytest.approx([1, 2])
-    assert "no interval: one pair, or all pairs alike" in capsys.readouterr().out
+    assert "no interval: one pair, or all pairs alike" in report_of(tmp_path)
 
 
 def test_censored_pairs_bound_the_mean_and_still_have_a_p_value(tmp_path):
@@ -511,7 +511,7 @@ def test_a_gain_is_positive_where_lower_is_better_and_lower(tmp_path):
     assert numbers(base, treated)["gain"]["treated"]["final"]["mean"] == pytest.approx(4 / 3)
 
 
-def test_the_teachers_training_is_in_the_bill_where_its_run_is_beside(tmp_path, capsys):
+def test_the_teachers_training_is_in_the_bill_where_its_run_is_beside(tmp_path):
     flops = {"student_update": 100, "teacher_forward": 25}
     write_run(tmp_path / "old", [40, 50], seconds=6.0)
     teacher = TEACHER | {"checkpoint": "output/old/model"}
@@ -526,14 +526,14 @@ def test_the_teachers_training_is_in_the_bill_where_its_run_is_beside(tmp_path, 
     assert versus["train_seconds"]["paid_back_after"] == 1  # 12 s against 20 s saved
     assert versus["total_seconds"]["paid_back_after"] == 1
     assert "speedup_with_teacher" not in versus["epoch"]
-    assert "the teacher's own training (old) took 12 train seconds" in capsys.readouterr().out
+    assert "the teacher's own training (old) took 12 train seconds" in report_of(tmp_path)
 
 
-def test_a_teacher_that_is_not_at_hand_leaves_the_bill_open(arms, tmp_path, capsys):
+def test_a_teacher_that_is_not_at_hand_leaves_the_bill_open(arms, tmp_path):
     result = result_of(tmp_path, *arms)
     assert result["costs"]["treated"]["teacher_training"] is None
     assert "speedup_with_teacher" not in result["targets"]["60"]["versus"]["treated"]["train_seconds"]
-    assert "not in the bill: its run folder is not at hand" in capsys.readouterr().out
+    assert "not in the bill: its run folder is not at hand" in report_of(tmp_path)
 
 
 def test_missing_seeds_are_refused_or_allowed(tmp_path, arms, capsys):
@@ -556,7 +556,7 @@ def test_what_differs_is_named_and_allowed_by_name_only(tmp_path, arms, capsys):
     check_refused(tmp_path, capsys, [*words, "--allow", "metric"], "--allow metric: not a setting that may differ")
     check_refused(tmp_path, capsys, [*words, "--allow", "batch-sizes"], "may differ, try batch_size")
     assert main([*words, "--allow", "lr", "batch-size"]) == 0
-    report = capsys.readouterr().out
+    report = report_of(tmp_path)
     assert "- Differs by leave of --allow: batch_size: 10 in " in report
     assert "- Differs by leave of --allow: lr: 0.1 in " in report
 
@@ -575,7 +575,7 @@ def test_arms_that_cannot_be_told_apart_or_found_are_refused(tmp_path, arms, cap
         (["--baseline", str(arms[0][0])], "give --baseline RUN... and --treated RUN..., or --arm"),
         ([f"--arm=a={tmp_path}/base-*"], "one arm alone"),
         ([f"--arm=a={tmp_path}/base-*", f"--arm=b={tmp_path}/none-*"], "none-*: no such folder"),
-        ([f"--arm=a={tmp_path}/base-*", f"--arm=speedup={tmp_path}/w2s-*"], "speedup is no free name"),
+        ([f"--arm=a={tmp_path}/base-*", f"--arm=speedup={tmp_path}/w2s-*"], "speedup is not a free name"),
         ([f"--arm=a={tmp_path}/base-*", f"--arm=b={tmp_path}/base-0"], "base-0 is given twice"),
         (["--arm", "w2s-*"], "takes NAME=GLOB"),
     ):
@@ -627,4 +627,4 @@ def test_arms_may_differ_in_their_control_but_an_arm_may_not(tmp_path, arms, cap
     check_refused(tmp_path, capsys, command(*arms, tmp_path / "out"), message)
     set_option(arms[1][0], kd_control="shuffled")
     assert main(command(*arms, tmp_path / "out")) == 0
-    assert re.search(r"\| kd_control +\| none +\| shuffled +\|", capsys.readouterr().out)
+    assert re.search(r"\| kd_control +\| none +\| shuffled +\|", report_of(tmp_path))

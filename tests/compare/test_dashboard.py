@@ -167,7 +167,7 @@ def drawn(workspace) -> list[tuple[str, set[str]]]:
 def test_the_dashboard_draws_only_what_is_there(logged):
     pytest.importorskip("wandb_workspaces", reason="the optional library of the dashboard")
     group, runs = dashboard.choose_group([logged], None)
-    workspace = dashboard.build("someone", "w2s", group, runs)
+    workspace = dashboard.build_workspace("someone", "w2s", group, runs)
     panels = drawn(workspace)
     assert {key for _, keys in panels for key in keys} <= set(logged.summary)
     lines = [keys for kind, keys in panels if kind == "Run History Line Plot"]

@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from compare.folders import BASELINE, KD_OFF, TEACHER, TREATED, command, spoil_summary, write_runs
+from compare.folders import BASELINE, KD_OFF, TEACHER, TREATED, command, report_of, spoil_summary, write_runs
 
 from w2s.compare.__main__ import main
 
@@ -81,16 +81,16 @@ def test_the_report_holds_settings_and_commands(out):
     assert "The same in all arms: batch_size 10, dataset digits, epochs 5, lr 0.1." in markdown
 
 
-def test_the_verdict_of_runs_that_reach_nothing(tmp_path, capsys):
+def test_the_verdict_of_runs_that_reach_nothing(tmp_path):
     base = write_runs(tmp_path, "base", [[50, 55], [51, 56]])
     treated = write_runs(tmp_path, "w2s", [[50, 58], [51, 57]])
     assert main(command(base, treated, tmp_path / "out")) == 0
-    said = capsys.readouterr().out.split("\n\n")[1]
+    said = report_of(tmp_path).split("\n\n")[1]
     assert said.startswith("**treated shows no speedup over baseline, for no target is reached by its median; final")
     assert "2 better" in said
 
 
-def test_many_arms_have_a_line_each_and_the_first_has_the_sentence(tmp_path, capsys):
+def test_many_arms_have_a_line_each_and_the_first_has_the_sentence(tmp_path):
     curves = {
         "alone": [[50, 55, 60], [51, 56, 61]],
         "taught": [[50, 60, 66], [51, 61, 67]],
@@ -99,12 +99,12 @@ def test_many_arms_have_a_line_each_and_the_first_has_the_sentence(tmp_path, cap
     curves["false"] = [[*curve, 44] for curve in curves["false"]]
     words = [f"--arm={arm}={folder}" for arm, group in curves.items() for folder in write_runs(tmp_path, arm, group)]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
-    _, sentence, heading, table, *_ = capsys.readouterr().out.split("\n\n")
+    report = report_of(tmp_path)
+    sentence, table = report.split("\n\n")[1], report.split("## All arms\n\n")[1].split("\n\n")[0]
     assert sentence.startswith("**taught reaches top1 >= 60 at epoch 2 instead of 3") and "false" not in sentence
-    assert heading == "## All arms"
     rows = {
         (cells := [cell.strip() for cell in line.strip("|").split("|")])[0]: cells[1:] for line in table.split("\n")
     }
     assert list(rows)[2:] == ["alone", "taught", "false"]
     assert [rows[arm][:2] for arm in curves] == [["60.5", ""], ["66.5", "6"], ["44", "-16.5"]]
-    assert [rows[arm][2:4] for arm in curves] == [["3", ""], ["2", "1.50x"], ["> 3", "n/a"]]
+    assert [rows[arm][4:6] for arm in curves] == [["3", ""], ["2", "1.50x"], ["> 3", "n/a"]]

@@ -1,4 +1,4 @@
-"""How much earlier did taught runs reach a target? Run folders in; a table, a report, a page and curves out.
+"""How much earlier did taught runs reach a target? Run folders in; a verdict, a report, a page and curves out.
 
 python -m w2s.compare --baseline RUN... --treated RUN... --out DIR
 python -m w2s.compare --arm baseline='output/b-seed*' --arm w2s='output/w-seed*' --arm shuffled=... --out DIR
@@ -6,42 +6,31 @@ python -m w2s.compare --arm baseline='output/b-seed*' --arm w2s='output/w-seed*'
 
 import argparse
 import glob
+import io
 import json
 import shlex
 import sys
 from pathlib import Path
 
-from w2s.compare.report import draw_curves, write_html, write_report
-from w2s.compare.runs import Run, choose_targets, read_run
-from w2s.compare.speedup import compare
+from w2s.compare.comparable import choose_targets
+from w2s.compare.curves import draw_curves
+from w2s.compare.report import markdown_table, write_html, write_markdown
+from w2s.compare.runs import RunFolder, read_run
+from w2s.compare.sections import headline_table
+from w2s.compare.speedup import compare_arms
 from w2s.compare.strength import draw_strength, strength_points
+from w2s.compare.verdict import verdict
+from w2s.compare.wandb_run import check_wandb, log_to_wandb
 from w2s.record import replacing
 
 RESERVED = ("speedup", "lower_bound", "confirmed", "versus")  # keys beside the arms in speedup.json
 
 
-def write_all(result: dict, arms: dict[str, list[Run]], out: Path, command: str) -> str:
-    """Write the four files into `out`, each whole or as it was before. Returns the report as Markdown."""
-    out.mkdir(parents=True, exist_ok=True)
-    report = write_report(result, arms, command)
-    names = ("speedup.json", "report.md", "report.html", "curves.png")
-    with replacing(out / names[0]) as table, replacing(out / names[1]) as text, replacing(out / names[2]) as page:
-        json.dump(result, table, indent=2, allow_nan=False)
-        text.write(report + "\n![curves](curves.png)\n" + "![strength](strength.png)\n" * ("strength" in result))
-        page.write(write_html(result, arms, command))
-        with replacing(out / names[3], "wb") as image:
-            draw_curves(result, arms, image)
-    if "strength" in result:
-        with replacing(out / "strength.png", "wb") as image:
-            draw_strength(result, image)
-    return report
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; raises argparse.ArgumentError or ValueError."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line; raises argparse.ArgumentError or ValueError."""
     parser = argparse.ArgumentParser("python -m w2s.compare", description=__doc__.split("\n")[0], exit_on_error=False)
     for arm in ("baseline", "treated"):
-        parser.add_argument(f"--{arm}", nargs="+", default=[], type=Path, metavar="RUN", help=f"{arm} run folders")
+        parser.add_argument(f"--{arm}", nargs="+", default=[], metavar="RUN", help=f"{arm} run folders, or patterns")
     parser.add_argument(
         "--arm", action="append", default=[], metavar="NAME=GLOB", help="runs of an arm; the first is the reference"
     )
@@ -53,89 +42,127 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="arms differ in their teachers: draw speedup against the teacher's gap, too",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the four files go")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the files go")
     parser.add_argument("--log-with", choices=["wandb"], help="log table and curves as a run of its own")
     parser.add_argument("--project", default="w2s", help="W&B project (w2s)")
     parser.add_argument("--group", help="W&B group (default: that of the runs, else the folder in --out)")
     args = parser.parse_args(argv)
     if bool(args.arm) == bool(args.baseline or args.treated) or bool(args.baseline) != bool(args.treated):
         raise ValueError("give --baseline RUN... and --treated RUN..., or --arm NAME=GLOB for each arm")
-    args.allow = tuple(name.lstrip("-").replace("-", "_") for name in args.allow) + ("target",) * bool(args.target)
     return args
 
 
-def find_arms(args: argparse.Namespace) -> dict[str, list[Path]]:
-    """The run folders of each arm. Raises ValueError: an arm without runs, a folder twice, a name that is taken."""
-    arms: dict[str, list[Path]] = {"baseline": args.baseline, "treated": args.treated} if args.baseline else {}
-    for text in args.arm:
+def find_arms(baseline: list[str], treated: list[str], named: list[str]) -> dict[str, list[Path]]:
+    """The run folders of each arm, the reference first.
+
+    Args:
+        baseline, treated: folders or patterns; empty where arms are named.
+        named: `NAME=GLOB`, repeated for an arm of several patterns.
+
+    Raises:
+        ValueError: an arm has no runs or a reserved name, there is only one arm, or a folder is given twice.
+    """
+    arms: dict[str, list[Path]] = {}
+    for name, patterns in (("baseline", baseline), ("treated", treated)):
+        for pattern in patterns:
+            arms[name] = arms.get(name, []) + _expand(pattern, option=f"--{name} {pattern}")
+    for text in named:
         name, _, pattern = text.partition("=")
-        if not name or not pattern or name in RESERVED:
-            raise ValueError(f"--arm {text}: takes NAME=GLOB" + f"; {name} is no free name" * (name in RESERVED))
-        folders = [Path(path) for path in sorted(glob.glob(pattern))]
-        if not folders:
-            raise ValueError(f"--arm {text}: no such folder")
-        arms[name] = arms.get(name, []) + folders
+        if not name or not pattern:
+            raise ValueError(f"--arm {text}: takes NAME=GLOB")
+        if name in RESERVED:
+            raise ValueError(f"--arm {text}: {name} is not a free name, choose another")
+        arms[name] = arms.get(name, []) + _expand(pattern, option=f"--arm {text}")
     if len(arms) < 2:
         raise ValueError("one arm alone: give --arm NAME=GLOB again for the arm to compare with")
-    folders = [folder.resolve() for group in arms.values() for folder in group]
-    if twice := [folder for folder in folders if folders.count(folder) > 1]:
-        raise ValueError(f"{twice[0]} is given twice")
+    seen = set()
+    for folder in (folder.resolve() for group in arms.values() for folder in group):
+        if folder in seen:
+            raise ValueError(f"{folder} is given twice")
+        seen.add(folder)
     return arms
 
 
-def check_wandb() -> None:
-    """Raise ValueError where W&B cannot be used: not installed, or no key and not offline."""
-    from w2s.engine.errors import InputError
-    from w2s.engine.trackers import check_trackers
+def _expand(pattern: str, option: str) -> list[Path]:
+    """The folder of this name or else all that match the pattern; raises ValueError where there is none."""
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    folders = [Path(path) for path in sorted(glob.glob(pattern))]
+    if not folders:
+        raise ValueError(f"{option}: no such folder")
+    return folders
 
+
+def write_files(result: dict, arms: dict[str, list[RunFolder]], out: Path, command: str) -> list[Path]:
+    """Write the files of a comparison into `out`, all made before the first is written. Returns their paths."""
+    contents = {
+        "speedup.json": json.dumps(result, indent=2, allow_nan=False).encode(),
+        "report.md": write_markdown(result, arms, command).encode(),
+        "report.html": write_html(result, arms, command).encode(),
+    }
+    image = io.BytesIO()
+    draw_curves(result, arms, image)
+    contents["curves.png"] = image.getvalue()
+    if "strength" in result:
+        image = io.BytesIO()
+        draw_strength(result, image)
+        contents["strength.png"] = image.getvalue()
+    for name, content in contents.items():
+        with replacing(out / name, "wb") as file:
+            file.write(content)
+    return [out / name for name in contents]
+
+
+def compare_folders(args: argparse.Namespace) -> tuple[dict, dict[str, list[RunFolder]]]:
+    """The comparison that the command line asks for, and the runs of each arm. Raises ValueError or OSError."""
+    folders = find_arms(args.baseline, args.treated, args.arm)
+    arms = {arm: [read_run(folder) for folder in group] for arm, group in folders.items()}
+    targets = choose_targets([run for group in arms.values() for run in group], args.target)
+    allow = [name.lstrip("-").replace("-", "_") for name in args.allow]
+    if args.target:
+        allow.append("target")  # the targets of the runs are not used
+    result = compare_arms(arms, targets, margin=args.margin, allow=tuple(allow))
+    if args.strength:
+        result["strength"] = strength_points(result, arms)
+    return result, arms
+
+
+def run_command(argv: list[str] | None) -> int:
+    """Compare the runs named on the command line, write the files and print the verdict. Returns the exit code."""
+    command = shlex.join(["python", "-m", "w2s.compare", *(sys.argv[1:] if argv is None else argv)])
     try:
-        check_trackers("wandb")
-    except InputError as error:
-        raise ValueError(str(error)) from None
+        args = parse_arguments(argv)
+        if args.log_with:
+            check_wandb()
+        result, arms = compare_folders(args)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError, argparse.ArgumentError) as error:
+        return _refuse(error)
+    paths = write_files(result, arms, args.out, command)
+    print(f"{verdict(result, arms)}\n\n{markdown_table(headline_table(result, arms))}\n")
+    print(*paths, sep="\n", flush=True)
+    if args.log_with:
+        first = next(iter(arms.values()))[0]
+        group = args.group or first.options.get("group") or args.out.name
+        try:
+            log_to_wandb(result, out=args.out, project=args.project, group=group)
+        except ValueError as error:
+            return _refuse(error)
+    return 0
 
 
-def log_to_wandb(args: argparse.Namespace, result: dict, arms: dict[str, list[Run]]) -> None:
-    """Log the table, the curves and the page as a run of its own, in the group of the runs compared."""
-    import wandb
-
-    runs = [run for group in arms.values() for run in group]
-    group = args.group or runs[0].options.get("group") or args.out.name
-    board = wandb.init(project=args.project, group=group, job_type="compare", name=args.out.name, dir=str(args.out))
-    columns = ["target", "arm", "axis", "speedup", "lower_bound", "geometric_mean", "low", "high", "p"]
-    table, summary = wandb.Table(columns=columns), {}
-    for tau, entry in result["targets"].items():
-        for arm, axes in entry["versus"].items():
-            for axis, v in axes.items():
-                low, high = v["interval"] or (None, None)
-                table.add_data(tau, arm, axis, *(v[key] for key in columns[3:6]), low, high, v["p"])
-                if v["geometric_mean"]:
-                    summary[f"speedup@{tau}/{arm}/{axis}"] = v["geometric_mean"]
-    page = wandb.Html(str(args.out / "report.html"))
-    board.log({"speedups": table, "curves": wandb.Image(str(args.out / "curves.png")), "report": page})
-    board.summary.update(summary)
-    board.finish()
+def _refuse(error: Exception) -> int:
+    """Say what is wrong in one line. Returns the exit code of bad input."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare the runs named on the command line. Returns the exit code: 0 done, 2 bad input."""
-    command = shlex.join(["python", "-m", "w2s.compare", *(sys.argv[1:] if argv is None else argv)])
+    """The command. Returns the exit code: 0 done, 2 bad input, 130 interrupted."""
     try:
-        args = parse(argv)
-        if args.log_with:
-            check_wandb()
-        arms = {arm: [*map(read_run, folders)] for arm, folders in find_arms(args).items()}
-        targets = choose_targets([run for group in arms.values() for run in group], args.target)
-        result = compare(arms, targets, args.margin, args.allow)
-        if args.strength:
-            result["strength"] = strength_points(result, arms)
-        args.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError, argparse.ArgumentError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(write_all(result, arms, args.out, command), end="")
-    if args.log_with:
-        log_to_wandb(args, result, arms)
-    return 0
+        return run_command(argv)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,194 +2,237 @@
 
 import math
 
-from w2s.compare.runs import Run, check_comparable, teacher_run
+from w2s.compare.comparable import check_comparable
+from w2s.compare.runs import RunFolder, read_teacher_run
 from w2s.compare.stats import interval, non_inferiority, ratio_of_pairs, sign_flip_p, summarise
 from w2s.crossing import AXES, best_value, crossings, target_key
 
-COST_AXES = ("train_seconds", "total_seconds", "pflops")  # what a teacher's training is paid in, too
+COST_AXES = ("train_seconds", "total_seconds", "pflops")  # the axes on which a teacher's training has a cost, too
 
 
-def compare(
-    arms: dict[str, list[Run]],
+def compare_arms(
+    arms: dict[str, list[RunFolder]],
     targets: list[float],
+    *,
     margin: float | None = None,
     allow: tuple[str, ...] = (),
 ) -> dict:
-    """Crossings, medians, speedups and their uncertainty, final metrics and costs of arms, the reference first.
+    """Crossings, medians, speedups and their uncertainty, final metrics and costs of arms.
 
     Args:
-        arms: the runs of each arm.
+        arms: the runs of each arm, the reference first.
         targets: tau values.
-        margin: how much worse the metric may end to count as non-inferior.
+        margin: how much worse the metric may end and still count as non-inferior.
         allow: settings in which the runs may differ.
-
-    Raises:
-        ValueError: the runs may not be compared; see `check_comparable`.
 
     Returns:
         What speedup.json holds: `targets[tau][arm][axis]`, `targets[tau]["confirmed"][arm][axis]`, `final[arm]` and
-        `best[arm]`, as `summarise` gives them; `targets[tau]["versus"][arm]` for each arm but the reference, and that
-        of the first of them again as `targets[tau]["speedup"]` and `["lower_bound"]`; `gain[arm]["final" and "best"]`;
-        `costs[arm]`; task, metric, mode; `arms[arm]`. None: censored, infinite, not recorded or not defined.
+        `best[arm]`, as `summarise` returns them; `targets[tau]["versus"][arm][axis]` for each arm but the reference,
+        and of the first of them again as `targets[tau]["speedup"][axis]` and `["lower_bound"][axis]`;
+        `gain[arm]["final" or "best"]`; `costs[arm]`; task, metric, mode; `arms[arm]`. None stands for what is
+        censored, infinite, not recorded or not defined.
+
+    Raises:
+        ValueError: the runs may not be compared; see `check_comparable`.
     """
     differences = check_comparable(arms, allow)
     reference, *others = arms
-    metric, mode = (arms[reference][0].summary[key] for key in ("metric", "mode"))
-    worst = -math.inf if mode == "max" else math.inf  # a run that ends in NaN takes part in the median
-    result = {key: arms[reference][0].summary[key] for key in ("task", "metric", "mode")}
-    result |= {"reference": reference, "arms": {}, "final": {}, "best": {}, "differences": differences}
-    result |= {"margin": margin, "gain": {arm: {} for arm in others}, "costs": {}}
-    for arm, group in arms.items():
-        result["arms"][arm] = [{"run": run.summary["name"], "seed": run.seed} for run in group]
-        ends = {"final": [_or(run.rows[-1][metric], worst) for run in group]}
-        ends["best"] = [_or(best_value(run.rows, metric, mode), worst) for run in group]
-        for kind, values in ends.items():
-            result[kind][arm] = summarise(values)
-            if arm != reference:
-                pairs = _paired(arms, arm, *(result[kind][name]["runs"] for name in (reference, arm)))
-                result["gain"][arm][kind] = _gain(pairs, mode, margin)
-        result["costs"][arm] = _costs_of(group)
-    return result | {"targets": {target_key(tau): _at_target(arms, tau, metric, mode, result) for tau in targets}}
-
-
-def _paired(arms: dict[str, list[Run]], arm: str, before: list, after: list) -> list[tuple]:
-    """The values of the reference and of `arm`, put together by the seeds of their runs."""
-    group = {run.seed: value for run, value in zip(next(iter(arms.values())), before, strict=True)}
-    pairs = zip(arms[arm], after, strict=True)
-    return [(group[run.seed], value) for run, value in pairs if run.seed in group]
-
-
-def _gain(pairs: list[tuple], mode: str, margin: float | None) -> dict:
-    """How much better the metric of an arm is, positive is better: mean over pairs, its interval, p, the verdict."""
-    known = [(b, a) for b, a in pairs if b is not None and a is not None]
-    gains = [a - b if mode == "max" else b - a for b, a in known]
-    whole = bool(gains) and len(known) == len(pairs)  # a diverged run is no number to take the mean with
-    found = interval(gains) if whole else None
+    facts = arms[reference][0].summary
+    metric, mode = facts["metric"], facts["mode"]
+    final_and_best = {arm: _final_and_best(group, metric, mode) for arm, group in arms.items()}
+    costs = {arm: _costs(group) for arm, group in arms.items()}
+    gain = {arm: {} for arm in others}
+    for arm in others:
+        for kind in ("final", "best"):
+            before, after = final_and_best[reference][kind]["runs"], final_and_best[arm][kind]["runs"]
+            pairs = _pair_by_seed(arms[reference], before, arms[arm], after)
+            gain[arm][kind] = _gain(pairs, mode, margin)
     return {
-        "mean": math.fsum(gains) / len(gains) if whole else None,
-        "interval": found and [found["low"], found["high"]],
-        "p": sign_flip_p(gains) if whole else None,
-        "verdict": None if margin is None else non_inferiority(found, margin),
+        "task": facts["task"],
+        "metric": metric,
+        "mode": mode,
+        "reference": reference,
+        "arms": {arm: [{"run": run.summary["name"], "seed": run.seed} for run in group] for arm, group in arms.items()},
+        "final": {arm: values["final"] for arm, values in final_and_best.items()},
+        "best": {arm: values["best"] for arm, values in final_and_best.items()},
+        "differences": differences,
+        "margin": margin,
+        "gain": gain,
+        "costs": costs,
+        "targets": {target_key(target): _at_target(arms, target, costs) for target in targets},
     }
 
 
-def _at_target(arms: dict[str, list[Run]], target: float, metric: str, mode: str, result: dict) -> dict:
+def _final_and_best(group: list[RunFolder], metric: str, mode: str) -> dict:
+    """The final and the best metric of an arm; a run that ends in NaN takes part as the worst, not as absent."""
+    worst = -math.inf if mode == "max" else math.inf
+    return {
+        "final": summarise([_finite_or(run.rows[-1][metric], worst) for run in group]),
+        "best": summarise([_finite_or(best_value(run.rows, metric, mode), worst) for run in group]),
+    }
+
+
+def _pair_by_seed(reference: list[RunFolder], before: list, group: list[RunFolder], after: list) -> list[tuple]:
+    """The values of two arms, one per run of each, as pairs (before, after) of the seeds that both have."""
+    by_seed = {run.seed: value for run, value in zip(reference, before, strict=True)}
+    return [(by_seed[run.seed], value) for run, value in zip(group, after, strict=True) if run.seed in by_seed]
+
+
+def _gain(pairs: list[tuple], mode: str, margin: float | None) -> dict:
+    """How much better the metric of an arm is, positive being better: mean over pairs, interval, p and verdict."""
+    known = [(before, after) for before, after in pairs if before is not None and after is not None]
+    gains = [after - before if mode == "max" else before - after for before, after in known]
+    complete = bool(gains) and len(known) == len(pairs)  # a diverged run has no number to take a mean of
+    gain_interval = interval(gains) if complete else None
+    return {
+        "mean": math.fsum(gains) / len(gains) if complete else None,
+        "interval": gain_interval and [gain_interval["low"], gain_interval["high"]],
+        "p": sign_flip_p(gains) if complete else None,
+        "verdict": None if margin is None else non_inferiority(gain_interval, margin),
+    }
+
+
+def _at_target(arms: dict[str, list[RunFolder]], target: float, costs: dict) -> dict:
+    """The entry of one target in speedup.json."""
     reference, *others = arms
-    found = {arm: [_crossing_costs(run, metric, target, mode) for run in group] for arm, group in arms.items()}
+    crossed = {arm: [_crossing_costs(run, target) for run in group] for arm, group in arms.items()}
     entry: dict = {"speedup": {}, "lower_bound": {}, "confirmed": {}, "versus": {}}
-    for arm, runs in found.items():
+    for arm, runs in crossed.items():
         entry[arm] = {axis: summarise([run[axis]["first"] for run in runs]) for axis in AXES}
         entry["confirmed"][arm] = {axis: summarise([run[axis]["confirmed"] for run in runs]) for axis in AXES}
     for arm in others:
-        teacher = result["costs"][arm]["teacher_training"]
+        training = costs[arm]["teacher_training"]
         entry["versus"][arm] = {}
         for axis in AXES:
-            before, after = ([run[axis] for run in found[name]] for name in (reference, arm))
-            versus = _versus(_paired(arms, arm, before, after), before, after)
-            if teacher and axis in COST_AXES:
-                medians = (entry[name][axis]["median"] for name in (reference, arm))
-                versus |= _with_teacher(*medians, teacher[axis])
+            before, after = [run[axis] for run in crossed[reference]], [run[axis] for run in crossed[arm]]
+            versus = _versus(_pair_by_seed(arms[reference], before, arms[arm], after), before, after)
+            if training and axis in COST_AXES:
+                versus |= _with_teacher_paid(
+                    entry[reference][axis]["median"], entry[arm][axis]["median"], training[axis]
+                )
             entry["versus"][arm][axis] = versus
     for key in ("speedup", "lower_bound"):
         entry[key] = {axis: entry["versus"][others[0]][axis][key] for axis in AXES}
     return entry
 
 
-def _crossing_costs(run: Run, metric: str, target: float, mode: str) -> dict:
-    """On each axis: cost of the first and of the confirmed crossing (infinite: none), of the evaluation before the
-    first one (0 at the start of the run), and of the first one or else of the last evaluation: the least it can be."""
-    first, confirmed = crossings(run.rows, metric, target, mode)
-    place = next((i for i, row in enumerate(run.rows) if first and row["epoch"] == first["epoch"]), len(run.rows))
+def _crossing_costs(run: RunFolder, target: float) -> dict:
+    """What it cost a run to reach a target.
+
+    Returns:
+        For each axis the costs of `first` and `confirmed`, infinite where there is no such crossing; of `previous`,
+        the evaluation before the first crossing, 0 at the start of the run; and of `at_least`, the first crossing or,
+        where there is none, the last evaluation. NaN where the axis was not recorded.
+    """
+    first, confirmed = crossings(run.rows, run.summary["metric"], target, run.summary["mode"])
+    before = [row for row in run.rows if first is None or row["update"] < first["update"]]
     costs = {}
     for axis in AXES:
-        start = {axis: 0.0}
-        points = {"first": first, "confirmed": confirmed, "earlier": run.rows[place - 1] if place else start}
-        costs[axis] = {key: _or(point.get(axis), math.nan) if point else math.inf for key, point in points.items()}
-        costs[axis]["floor"] = _or((first or run.rows[-1]).get(axis), math.nan)
+        points = {"first": first, "confirmed": confirmed, "previous": before[-1] if before else {axis: 0.0}}
+        points["at_least"] = first or run.rows[-1]
+        costs[axis] = {
+            name: math.inf if point is None else _finite_or(point.get(axis), math.nan) for name, point in points.items()
+        }
     return costs
 
 
 def _versus(pairs: list[tuple[dict, dict]], before: list[dict], after: list[dict]) -> dict:
-    """One arm against the reference on one axis: ratio of medians over all runs, and the paired view with its doubt.
+    """One arm against the reference on one axis: the ratio of medians over all runs, and the view paired by seed.
 
-    A censored run crosses after its last evaluation, if ever: with that in place of infinity the median is below the
-    true one, also where an even number of runs takes the mean of a crossed and a censored one. The p-value takes such
-    a run there too, and two censored runs of a pair as equal: swapping the arms of a pair swaps these values as well.
+    A censored run crosses after its last evaluation, if at all. With that evaluation in place of infinity the median
+    of the reference is a lower bound, also where an even number of runs averages a crossed and a censored one. The
+    p-value takes censored runs in the same way, and a pair of two censored runs as equal: swapping the arms of a pair
+    swaps these values as well.
+
+    Args:
+        pairs: the costs of (reference, other arm) of each seed.
+        before, after: the costs of all runs of the reference and of the other arm.
     """
-    middles = [summarise([run[key] for run in runs])["median"] for runs, key in ((before, "first"), (after, "first"))]
-    floor = summarise([run["floor"] for run in before])["median"]
-    late = [b["first"] == a["first"] == math.inf for b, a in pairs]
-    known = all(math.isfinite(side["floor"]) and side["floor"] > 0 for pair in pairs for side in pair)
-    logs = [
-        0.0 if both else math.log(b["floor"] / a["floor"]) for (b, a), both in zip(pairs, late, strict=True) if known
-    ]
-    result = ratio_of_pairs([b["first"] for b, _ in pairs], [a["first"] for _, a in pairs])
-    crossed = bool(pairs) and known and all(a["first"] < math.inf for _, a in pairs)
-    ratio = result["geometric_mean"]
+    middle_before = summarise([run["first"] for run in before])["median"]
+    middle_after = summarise([run["first"] for run in after])["median"]
+    least_before = summarise([run["at_least"] for run in before])["median"]
+    bounded = middle_before is None and least_before is not None and bool(middle_after)
+    paired = ratio_of_pairs([b["first"] for b, _ in pairs], [a["first"] for _, a in pairs])
+    both_censored = [b["first"] == a["first"] == math.inf for b, a in pairs]
+    logs = []  # of the ratios with censored runs at their last evaluation; none where a cost was not recorded
+    if all(0 < run["at_least"] < math.inf for pair in pairs for run in pair):
+        for (b, a), censored in zip(pairs, both_censored, strict=True):
+            logs.append(0.0 if censored else math.log(b["at_least"] / a["at_least"]))
+    bounded_pairs = bool(logs) and paired["geometric_mean"] is None and all(a["first"] < math.inf for _, a in pairs)
     return {
-        "speedup": middles[0] / middles[1] if None not in middles and middles[1] else None,
-        "lower_bound": floor / middles[1] if middles[0] is None and floor is not None and middles[1] else None,
-        **result,
-        "geometric_mean_lower_bound": _mean_ratio(logs) if ratio is None and crossed else None,
-        "p": sign_flip_p(logs) if logs and not all(late) else None,
-        # each crossing lies between two evaluations: what the ratio is at the least and at the most
-        "resolution": [
-            _mean_ratio([_log(b["earlier"], a["first"]) for b, a in pairs]),
-            _mean_ratio([_log(b["first"], a["earlier"]) for b, a in pairs]),
-        ]
-        if ratio
-        else None,
+        "speedup": middle_before / middle_after if middle_before is not None and middle_after else None,
+        "lower_bound": least_before / middle_after if bounded else None,
+        **paired,
+        "geometric_mean_lower_bound": _mean_ratio(logs) if bounded_pairs else None,
+        "p": sign_flip_p(logs) if logs and not all(both_censored) else None,
+        "resolution": _resolution(pairs) if paired["geometric_mean"] else None,
     }
 
 
-def _log(one: float, other: float) -> float:
-    return -math.inf if one == 0 else math.inf if other == 0 else math.log(one / other)
+def _resolution(pairs: list[tuple[dict, dict]]) -> list[float | None]:
+    """The least and the greatest geometric mean that the grid leaves open: each crossing lies between two evaluations.
+
+    0 and None where it has no bound, since a crossing lies before the first evaluation.
+    """
+    least = [_log_ratio(before["previous"], after["first"]) for before, after in pairs]
+    greatest = [_log_ratio(before["first"], after["previous"]) for before, after in pairs]
+    return [_mean_ratio(least), _mean_ratio(greatest)]
+
+
+def _log_ratio(one: float, other: float) -> float:
+    """log(one / other) for costs of which either may be 0."""
+    if one == 0:
+        return -math.inf
+    return math.inf if other == 0 else math.log(one / other)
 
 
 def _mean_ratio(logs: list[float]) -> float | None:
-    """The geometric mean of ratios given as logarithms; None where it has no bound."""
+    """The geometric mean of ratios given as logarithms; None where it is infinite."""
     mean = sum(logs) / len(logs)
     return math.exp(mean) if mean < math.inf else None
 
 
-def _with_teacher(before: float | None, after: float | None, cost: float | None) -> dict:
+def _with_teacher_paid(before: float | None, after: float | None, training: float | None) -> dict:
     """The speedup with the teacher's own training in the bill, and after how many students that is paid back."""
-    if None in (before, after, cost):
+    if before is None or after is None or training is None:
         return {"speedup_with_teacher": None, "paid_back_after": None}
     saved = before - after
     return {
-        "speedup_with_teacher": before / (after + cost),
-        "paid_back_after": math.ceil(cost / saved) if saved > 0 else None,
+        "speedup_with_teacher": before / (after + training),
+        "paid_back_after": math.ceil(training / saved) if saved > 0 else None,
     }
 
 
-def _costs_of(group: list[Run]) -> dict:
-    """What the teacher of an arm cost: during the taught updates against its FLOPs bound, and to train it."""
+def _costs(group: list[RunFolder]) -> dict:
+    """What the teacher of an arm cost: in the updates it taught, beside the bound by FLOPs, and in its own training."""
     first = group[0]
     flops, teacher = first.summary.get("flops") or {}, first.summary["teacher"]
-    made = teacher_run(first) if teacher else None
-    bound = flops.get("teacher_forward", 0) / (flops.get("student_update") or math.inf)
-    training = {axis: made.rows[-1].get(axis) for axis in COST_AXES} if made else None
+    forward_share = flops.get("teacher_forward", 0) / (flops.get("student_update") or math.inf)
+    training = None
+    if teacher and (teacher_run := read_teacher_run(first)):
+        training = {"run": teacher_run.summary["name"]}
+        training |= {axis: teacher_run.rows[-1].get(axis) for axis in COST_AXES}
     return {
         "overhead": [_overhead(run) for run in group] if teacher else None,  # of an update with the teacher, per run
-        "flops_bound": 1 + bound if bound else None,
-        "share": [_share(run.rows[-1]) for run in group] if teacher else None,  # of all train seconds
+        "flops_bound": 1 + forward_share if forward_share else None,
+        "share": [teacher_share(run.rows[-1]) for run in group] if teacher else None,  # of all train seconds
         "kd_off": [run.summary["kd_off"] for run in group],
-        "teacher_training": training and {"run": made.summary["name"], **training},
+        "teacher_training": training,
     }
 
 
-def _overhead(run: Run) -> float | None:
-    """Train seconds with the teacher over those without it, up to the last evaluation that was still taught."""
+def _overhead(run: RunFolder) -> float | None:
+    """Train seconds of an update with the teacher over one without, up to the last evaluation that was still taught."""
     taught = [row for row in run.rows if row.get("kd_active")]
-    share = _share(taught[-1]) if taught else None
+    share = teacher_share(taught[-1]) if taught else None
     return 1 / (1 - share) if share is not None and share < 1 else None
 
 
-def _share(row: dict) -> float | None:
-    spent, train = row.get("teacher_seconds"), row.get("train_seconds")
-    return spent / train if spent is not None and train else None
+def teacher_share(row: dict) -> float | None:
+    """The share of train seconds up to an evaluation that the teacher took; None where they were not recorded."""
+    teacher_seconds, train_seconds = row.get("teacher_seconds"), row.get("train_seconds")
+    return teacher_seconds / train_seconds if teacher_seconds is not None and train_seconds else None
 
 
-def _or(value: float | None, default: float) -> float:
+def _finite_or(value: float | None, default: float) -> float:
     return default if value is None or not math.isfinite(value) else value

@@ -1,60 +1,64 @@
-"""A comparison in one sentence, and how its numbers are written."""
+"""A comparison in one sentence."""
 
-from w2s.compare.curves import AXIS_NAMES, progress_axis
-from w2s.compare.runs import Run
-
-
-def number(value: float | None) -> str:
-    """Four digits, or all before the point."""
-    return "n/a" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+from w2s.compare.runs import RunFolder
+from w2s.compare.text import AXIS_NAMES, interval_text, number_text, progress_axis, ratio_text, reaching_sign
 
 
-def times(value: float | None, mark: str = "") -> str:
-    """A ratio as text."""
-    return "n/a" if value is None else f"{mark}{value:.2f}x"
+def verdict(result: dict, arms: dict[str, list[RunFolder]]) -> str:
+    """The sentence about the first arm beside the reference.
 
+    It speaks of the hardest target whose speedup is known or bounded, and of the final metric.
 
-def span_text(pair: list | None, show=number) -> str:
-    return "n/a" if pair is None else f"{show(pair[0])} to {'any' if pair[1] is None else show(pair[1])}"
-
-
-def verdict(result: dict, arms: dict[str, list[Run]]) -> str:
-    """The one sentence, of the first arm beside the reference.
-
-    The hardest target that both medians reach, or that bounds the speedup, and the final metric.
+    Args:
+        result: as `compare_arms` returns it.
+        arms: the runs of each arm, the reference first.
     """
-    metric, sign, reference = result["metric"], ">=" if result["mode"] == "max" else "<=", result["reference"]
-    unit, arm = progress_axis(result), next(iter(result["gain"]))
-    entries = {tau: entry["versus"][arm] for tau, entry in result["targets"].items()}
-    ended = _gain_text(result["gain"][arm]["final"], f"final {metric}")
-    reached = [tau for tau, v in entries.items() if v[unit]["speedup"] or v[unit]["lower_bound"]]
+    reference, arm = list(arms)[:2]
+    unit = progress_axis(result)
+    versus = {target: entry["versus"][arm] for target, entry in result["targets"].items()}
+    final = _gain_text(result["gain"][arm]["final"], name=f"final {result['metric']}")
+    reached = [target for target, axes in versus.items() if axes[unit]["speedup"] or axes[unit]["lower_bound"]]
     if not reached:
-        return f"{arm} shows no speedup over {reference}, for no target is reached by its median; {ended}."
-    tau = reached[-1]
-    after, before = (result["targets"][tau][name][unit] for name in (arm, reference))
-    instead = number(before["median"]) if before["median"] is not None else "never within the run"
-    claims = " and ".join(_claim(entries[tau][axis], AXIS_NAMES[axis]) for axis in (unit, "train_seconds"))
+        return f"{arm} shows no speedup over {reference}, for no target is reached by its median; {final}."
+    target = reached[-1]
+    before = result["targets"][target][reference][unit]["median"]
+    after = result["targets"][target][arm][unit]["median"]
+    goal = f"{result['metric']} {reaching_sign(result)} {target}"
     counts = f"medians of {len(arms[reference])} and {len(arms[arm])} runs"
-    return (
-        f"{arm} reaches {metric} {sign} {tau} at {unit} {number(after['median'])} instead of {instead} "
-        f"({counts}); paired by seed, {claims}; {ended}."
-    )
+    if before == after:
+        lead = f"{arm} and {reference} both reach {goal} at {unit} {number_text(after)}, neither of them earlier"
+    else:
+        instead = "never within the run" if before is None else number_text(before)
+        lead = f"{arm} reaches {goal} at {unit} {number_text(after)} instead of {instead}"
+    claims = [_speedup_text(versus[target][axis], name=AXIS_NAMES[axis]) for axis in (unit, "train_seconds")]
+    return f"{lead} ({counts}); paired by seed, {' and '.join(claims)}; {final}."
 
 
-def _claim(versus: dict, name: str) -> str:
-    """A speedup in one axis with its doubt; the word "shown" stands only where the interval leaves 1 out."""
-    if (ratio := versus["geometric_mean"]) is None:
+def _speedup_text(versus: dict, name: str) -> str:
+    """A speedup on one axis and how sure it is; "faster" and "slower" only where the interval leaves 1 out."""
+    ratio, interval = versus["geometric_mean"], versus["interval"]
+    if ratio is None:
         bound = versus["geometric_mean_lower_bound"] or versus["lower_bound"]
-        return f"at least {times(bound)} in {name}, some runs being censored" if bound else f"no figure in {name}"
-    if (span := versus["interval"]) is None:
-        return f"{times(ratio)} in {name} (no interval: one pair, or all pairs alike; p {versus['p']:.2g})"
-    shown = "faster" if span[0] > 1 else "slower" if span[1] < 1 else "not shown to differ from 1"
-    return f"{times(ratio)} in {name} (95 % interval {span_text(span, times)}: {shown}; p {versus['p']:.2g})"
+        return f"at least {ratio_text(bound)} in {name}, some runs being censored" if bound else f"no figure in {name}"
+    if interval is None:
+        doubt = "no interval: one pair, or all pairs alike"
+    elif interval[0] > 1:
+        doubt = f"95 % interval {interval_text(interval, ratio_text)}: faster"
+    elif interval[1] < 1:
+        doubt = f"95 % interval {interval_text(interval, ratio_text)}: slower"
+    else:
+        doubt = f"95 % interval {interval_text(interval, ratio_text)}: not shown to differ from 1"
+    return f"{ratio_text(ratio)} in {name} ({doubt}; p {versus['p']:.2g})"
 
 
 def _gain_text(gain: dict, name: str) -> str:
+    """The gain in a metric, its interval and, where a margin was given, the verdict on it."""
     if gain["mean"] is None:
         return f"{name} cannot be compared: a run diverged or has no partner"
-    span = f" (95 % interval of the gain {span_text(gain['interval'])})" if gain["interval"] else ""
-    word = f", {gain['verdict']}" if gain["verdict"] else ""
-    return f"{name} {number(abs(gain['mean']))} {'better' if gain['mean'] >= 0 else 'worse'}{span}{word}"
+    if gain["mean"] == 0:
+        text = f"{name} the same on average"
+    else:
+        text = f"{name} {number_text(abs(gain['mean']))} {'better' if gain['mean'] > 0 else 'worse'}"
+    if gain["interval"]:
+        text += f" (95 % interval of the gain {interval_text(gain['interval'])})"
+    return f"{text}, {gain['verdict']}" if gain["verdict"] else text

@@ -11,16 +11,14 @@ Resume              the same command with --resume auto
 Without --teacher this trains a baseline, which is also how a teacher is made.
 """
 
-import copy
 import json
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -41,27 +39,28 @@ from w2s.engine.options import (
     add_training_options,
     add_weights_options,
     check_targets,
-    not_negative,
     positive_int,
     run_name,
     share,
 )
-from w2s.engine.plan import accumulation_dtype, count_flops, grid_point, plan_updates
+from w2s.engine.plan import accumulation_dtype, grid_point, plan_updates
 from w2s.engine.run import Run
 from w2s.engine.teaching import early_phase, kd_window, start_distillation
 from w2s.engine.training import Job
+from w2s.images.augmentation import add_augmentation_options, build_data_config, build_mixup
 from w2s.images.data import ImageData, load_data
-from w2s.images.digits import DIGITS_DEFAULTS
 from w2s.images.loading import eval_loader, train_batches
-from w2s.images.models import create_model, export, find_model, load_weights, pretrained_cfg
-from w2s.images.teacher import ImageTeacher, load_teacher
+from w2s.images.models import classifier_flops, create_model, export, find_model, load_weights, pretrained_cfg
+from w2s.images.teacher import ImageTeacher, build_image_teacher
 from w2s.losses import kl_softmax
 
 METRICS = ("top1", "top5", "eval_loss")
+# what fits small grey digits; an option given by the user or a recipe wins
+DIGITS_DEFAULTS = {"img_size": 32, "hflip": 0.0, "mean": [0.5], "std": [0.5], "val_split": "test"}
 
 
 def build_parser() -> Parser:
-    """All options; shared groups come from w2s/engine/options.py."""
+    """The options of this script. Groups that others share come from w2s/engine/options.py."""
     parser = Parser(__doc__)
     add_run_options(parser)
 
@@ -96,29 +95,7 @@ def build_parser() -> Parser:
     group.add_argument("--smoothing", type=share, default=0.1)
     add_switch(group, "--bce-loss", "binary cross entropy instead of softmax cross entropy")
     group.add_argument("--bce-target-thresh", type=float)
-
-    group = parser.add_argument_group("augmentation (timm)")
-    add_switch(group, "--no-aug", "none")
-    group.add_argument("--pad-crop", type=int, metavar="N", help="for small images: pad by N, crop, flip")
-    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0])
-    group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3])
-    group.add_argument("--hflip", type=float, help="default: 0.5")
-    group.add_argument("--vflip", type=float, default=0.0)
-    group.add_argument("--color-jitter", type=float, default=0.4)
-    group.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment, e.g. rand-m9-mstd0.5")
-    group.add_argument("--reprob", type=float, default=0.0, help="random erasing")
-    group.add_argument("--remode", default="pixel")
-    group.add_argument("--mixup", type=not_negative, default=0.0)
-    group.add_argument("--cutmix", type=not_negative, default=0.0)
-    group.add_argument("--mixup-prob", type=float, default=1.0)
-    group.add_argument("--mixup-switch-prob", type=float, default=0.5)
-    group.add_argument("--mixup-mode", choices=["batch", "pair", "elem"], default="batch")
-    group.add_argument("--mixup-off-epoch", type=int, default=0, help="0: never off")
-    group.add_argument("--train-interpolation", metavar="MODE")
-    group.add_argument("--interpolation", metavar="MODE")
-    group.add_argument("--crop-pct", type=float, help="of evaluation (default: the model's; 1 up to 64 px)")
-    group.add_argument("--mean", type=float, nargs="+")
-    group.add_argument("--std", type=float, nargs="+")
+    add_augmentation_options(parser)
     return parser
 
 
@@ -136,43 +113,43 @@ def resolve(args) -> dict:
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(f"--mixup and --cutmix pair images: --batch-size {args.batch_size} must be even")
     own = create_model(args.model, 0).pretrained_cfg if ":" in args.model else pretrained_cfg(args.model)
-    for name in ("mean", "std"):
-        given = getattr(args, name)
-        if given and len(given) not in (1, args.in_chans):
-            raise InputError(f"--{name} takes 1 or {args.in_chans} values, one a channel, got {len(given)}")
-    config = resolve_data_config(
-        {k: getattr(args, k) for k in ("img_size", "in_chans", "interpolation", "crop_pct")}, pretrained_cfg=own
-    )
-    for name in ("mean", "std"):  # one value stands for all channels; RGB statistics for grey images: their average
-        values = tuple(getattr(args, name) or config[name])
-        same = len(values) == args.in_chans
-        config[name] = values if same else (sum(values) / len(values),) * args.in_chans
-        setattr(args, name, list(config[name]))
-    if args.crop_pct is None and max(config["input_size"][-2:]) <= 64:
-        config["crop_pct"] = 1.0
-    return config
+    data_config = build_data_config(args, own)
+    args.mean, args.std = list(data_config["mean"]), list(data_config["std"])
+    return data_config
 
 
-def build_student(args, config: dict, num_classes: int) -> nn.Module:
-    """The student, carrying the data config of this run as its pretrained_cfg, so that an export is complete."""
+def build_student(args, data_config: dict, num_classes: int) -> nn.Module:
+    """The student, with the data config of this run as its pretrained_cfg, so that an export is complete."""
     kwargs = {**args.model_kwargs, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
     student = create_model(
         args.model,
         num_classes,
         args.in_chans,
-        config["input_size"][-1],
-        args.small_stem,
-        args.pretrained,
-        {k: v for k, v in kwargs.items() if v is not None},
+        img_size=data_config["input_size"][-1],
+        small_stem=args.small_stem,
+        pretrained=args.pretrained,
+        model_kwargs={k: v for k, v in kwargs.items() if v is not None},
     )
-    if args.initial_checkpoint:
-        path = Path(args.initial_checkpoint)
-        load_weights(student, find_model(args.initial_checkpoint) / "model.safetensors" if path.is_dir() else path)
+    if start := args.initial_checkpoint:
+        load_weights(student, find_model(start) / "model.safetensors" if Path(start).is_dir() else Path(start))
     student.pretrained_cfg = {
         **{k: v for k, v in student.pretrained_cfg.items() if not k.startswith("test_")},
-        **{k: config[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct")},
+        **{k: data_config[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct")},
     }
     return student
+
+
+def build_teacher(args, run: Run, data_config: dict, num_classes: int) -> ImageTeacher:
+    """The frozen teacher, fitted to the student's batches."""
+    return build_image_teacher(
+        args.teacher,
+        run.accelerator,
+        model_name=args.teacher_model,
+        model_kwargs=args.teacher_kwargs,
+        num_classes=num_classes,
+        data_config=data_config,
+        channels_last=args.channels_last,
+    )
 
 
 def build_criterion(args) -> nn.Module:
@@ -185,23 +162,8 @@ def build_criterion(args) -> nn.Module:
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
-def build_mixup(args, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix, which then also do the label smoothing."""
-    if not (args.mixup or args.cutmix):
-        return None
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
-    )
-
-
 def train(args, job: Job, stop: int, batches: Iterator, criterion: nn.Module, mixup: Mixup | None) -> None:
-    """Train until `stop` updates are done, or a signal asks to end."""
+    """Train until `stop` updates are done or a signal asks to end."""
     kd, accum = job.distillation, args.grad_accum_steps
     for _ in job.updates(stop):
         if mixup and args.mixup_off_epoch and job.epoch >= args.mixup_off_epoch:
@@ -234,8 +196,9 @@ def validate(args, run: Run, model: Callable[[Tensor], Tensor], dataset: Dataset
     `model` is anything that maps a batch to logits: the student, its moving average, the teacher.
     """
     accelerator, device = run.accelerator, run.device
+    batch_size = args.validation_batch_size or args.batch_size
     sums = torch.zeros(4, dtype=accumulation_dtype(device), device=device)
-    for images, targets in eval_loader(dataset, args, accelerator):
+    for images, targets in eval_loader(dataset, accelerator, batch_size=batch_size, workers=args.workers):
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         if args.channels_last:
@@ -262,45 +225,40 @@ def evaluate_only(args, run: Run, student: nn.Module, data: ImageData) -> None:
         print(json.dumps(metrics))
 
 
-def build_teacher(args, run: Run, data_config: dict, num_classes: int) -> ImageTeacher:
-    """The frozen teacher, fitted to the student's batches."""
-    load = partial(
-        load_teacher,
-        args.teacher,
-        model_name=args.teacher_model,
-        model_kwargs=args.teacher_kwargs,
-        num_classes=num_classes,
-        in_chans=args.in_chans,
-        img_size=data_config["input_size"][-1],
+def flops_of(args, data_config: dict, student: nn.Module, kd: Distillation, batch: int) -> dict[str, int]:
+    """FLOPs of one update of the student, and of the teacher's forward in it."""
+    student_update = classifier_flops(student, data_config["input_size"], batch=batch, train=True)
+    teacher_forward = 0
+    if kd.needs_forward:
+        image_shape = (args.in_chans, *kd.teacher.size)
+        teacher_forward = classifier_flops(kd.teacher.model, image_shape, batch=batch, train=False)
+    return {"student_update": student_update, "teacher_forward": teacher_forward}
+
+
+def fit(args, job: Job, data: ImageData) -> None:
+    """Train to the end of the run, with its evaluations and checkpoints."""
+    run, plan, kd = job.run, job.plan, job.distillation
+    criterion, mixup = build_criterion(args), build_mixup(args, data.num_classes)
+    batches = train_batches(
+        data.train,
+        run.accelerator,
+        batch_size=args.batch_size,
+        batches_per_epoch=plan.updates_per_epoch * args.grad_accum_steps,
+        start=job.update * args.grad_accum_steps,
+        seed=args.seed,
+        workers=args.workers,
     )
-    model, source = load()
-    if args.teacher_model and "pretrained_cfg_overlay" not in args.teacher_kwargs:
-        # a weights file says nothing of its normalisation, so it is taken to be the student's
-        model.pretrained_cfg = {**model.pretrained_cfg, "mean": data_config["mean"], "std": data_config["std"]}
-    return ImageTeacher(
-        model,
-        source=source,
-        accelerator=run.accelerator,
-        mean=data_config["mean"],
-        std=data_config["std"],
-        channels_last=args.channels_last,
-        rebuild=lambda: load(trained=False)[0],
-    )
-
-
-def flops_of(args, data_config: dict, student: nn.Module, kd: Distillation, batch: int) -> dict:
-    """FLOPs of one update of the student and of the teacher's forward in it, counted on meta copies."""
-
-    def count(model: nn.Module, size: tuple[int, int], train: bool) -> int:
-        model = copy.deepcopy(model).to("meta").train(train)
-        images = torch.empty(2, args.in_chans, *size, device="meta")
-        return count_flops(lambda: model(images).sum().backward() if train else model(images)) * batch // 2
-
-    teacher = kd.teacher
-    return {
-        "student_update": count(student, size=data_config["input_size"][-2:], train=True),
-        "teacher_forward": count(teacher.model, size=teacher.size, train=False) if kd.needs_forward else 0,
-    }
+    while job.update < plan.total:
+        stop, evaluation_due = job.next_stop(grid_point(job.update, plan.updates_per_epoch, args.evals_per_epoch))
+        train(args, job, stop, batches, criterion, mixup)
+        with run.clock.paused():
+            if evaluation_due and job.update == stop:
+                student = job.model_to_evaluate()
+                metrics = validate(args, run, student, data.report)
+                if kd.active:  # is the student better than the teacher on the switch split?
+                    kd.observe(validate(args, run, student, data.switch)["top1"], update=job.update)
+                job.evaluated(metrics)
+            job.save()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -309,9 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     targets = check_targets(args, metric="top1", low=0.0, high=100.0)
     phase = early_phase(args, length=args.epochs, mode="max")
     run = Run(args, task="cls")
-
-    # data and student
-    data = load_data(args, data_config, args.num_classes, run.accelerator, cache=run.options["cache"])
+    data = load_data(args, data_config, run.accelerator, cache=run.options["cache"])
     run.options["cache"] = data.cache
     run.seed_all()
     student = build_student(args, data_config, data.num_classes).to(run.device)
@@ -319,14 +275,11 @@ def main(argv: list[str] | None = None) -> None:
         evaluate_only(args, run, student, data)
         return
 
-    # updates, optimiser, schedule
     plan = plan_updates(args, run, data.samples, epochs=args.epochs)
     lr = scaled_lr(args, plan.batch)
     optimizer, scheduler = build_optimizer(
         args, student, lr=lr, length=args.epochs, updates_per_unit=plan.updates_per_epoch
     )
-
-    # the method: a frozen teacher, loaded only while its phase lasts and never prepared
     kd = start_distillation(
         args,
         run,
@@ -341,7 +294,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     flops = run.state["flops"] if run.state else flops_of(args, data_config, student, kd, plan.batch)
 
-    # memory format, compilation, precision, processes
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
     if args.channels_last:
@@ -351,7 +303,6 @@ def main(argv: list[str] | None = None) -> None:
         student.compile(backend=args.torchcompile)
         kd.compile(args.torchcompile)
     model, optimizer = run.accelerator.prepare(student, optimizer)
-
     job = Job(
         args,
         run,
@@ -367,23 +318,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     job.resume()
     job.describe(args.model, f"{args.opt} lr {lr:.4g} {args.sched}", data.sizes, targets, metric="top1")
-    facts = {**job.facts(), "data": data.sizes}
-    run.open(metric="top1", mode="max", targets=targets, reported=METRICS, facts=facts)
-
-    criterion, mixup = build_criterion(args), build_mixup(args, data.num_classes)
-    accum = args.grad_accum_steps
-    batches = train_batches(data.train, args, run.accelerator, job.update * accum, plan.updates_per_epoch * accum)
-    while job.update < plan.total:
-        stop, evaluation_due = job.next_stop(grid_point(job.update, plan.updates_per_epoch, args.evals_per_epoch))
-        train(args, job, stop, batches, criterion, mixup)
-        with run.clock.paused():
-            if evaluation_due and job.update == stop:
-                evaluated = job.model_to_evaluate()
-                metrics = validate(args, run, evaluated, data.report)
-                if kd.active:  # the switch-off: better than the teacher on the switch split?
-                    kd.observe(validate(args, run, evaluated, data.switch)["top1"], update=job.update)
-                job.evaluated(metrics)
-            job.save()
+    run.open(metric="top1", mode="max", targets=targets, reported=METRICS, facts={**job.facts(), "data": data.sizes})
+    fit(args, job, data)
     job.finish()
 
 

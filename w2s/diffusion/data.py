@@ -1,13 +1,14 @@
 """Images for diffusion: the training set in [-1, 1], and the sets that samples are compared with as uint8."""
 
-import argparse
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,9 +16,12 @@ from torchvision import transforms
 from torchvision.utils import make_grid
 
 from w2s.engine.errors import InputError
-from w2s.images.cache import CachedSplit, cache_split, resolve_cache
-from w2s.images.data import STREAMS, check_images, class_names, image_mode, open_dataset, split_training, targets_of
-from w2s.images.loading import ImageSplit, eval_transform
+from w2s.engine.options import switch_fraction
+from w2s.images.augmentation import eval_transform
+from w2s.images.cache import CachedSplit, cache_device, cache_split, resolve_cache
+from w2s.images.datasets import check_decodable, class_names, image_mode, is_stream, open_dataset, targets_of
+from w2s.images.loading import ImageSplit
+from w2s.images.splits import stratified_split
 from w2s.record import replacing
 
 
@@ -25,27 +29,27 @@ from w2s.record import replacing
 class Reference:
     """A set of images that samples are compared with; `key` is what tells it from any other."""
 
-    split: Dataset
+    images: CachedSplit | ImageSplit
     key: dict
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.images)
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
-        """Those images, uint8 (B, C, H, W)."""
-        if isinstance(self.split, CachedSplit):
-            return self.split.pixels[rows[0] : rows[-1] + 1].permute(0, 3, 1, 2)
-        images = torch.stack([image for image, _ in self.split.__getitems__([(0, row) for row in rows])])
+        """The images of consecutive rows, uint8 (B, C, H, W)."""
+        if isinstance(self.images, CachedSplit):
+            return self.images.images[rows[0] : rows[-1] + 1].permute(0, 3, 1, 2)
+        images = torch.stack([image for image, _ in self.images.__getitems__([(0, row) for row in rows])])
         return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
 class Unlabelled(Dataset):
-    """The images of a dataset, all of one class: whatever stands in its labels is not looked at."""
+    """The images of a dataset, all of class 0, whatever labels it has."""
 
-    def __init__(self, source: Dataset) -> None:
-        self.images, self.reader = getattr(source, "reader", source), self
-        self.dataset = getattr(self.images, "dataset", None)  # of hfds readers
-        self.split_name = getattr(source, "split_name", None)
+    def __init__(self, labelled: Dataset) -> None:
+        self.images, self.reader = getattr(labelled, "reader", labelled), self
+        self.dataset = getattr(self.images, "dataset", None)  # of Hugging Face datasets
+        self.split_name = getattr(labelled, "split_name", None)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,106 +58,197 @@ class Unlabelled(Dataset):
         return self.images[index][0], 0
 
     def filename(self, index: int, absolute: bool = False) -> str:
-        """Of an image, as timm's readers have it."""
+        """The file of an image, as timm's readers give it."""
         return self.images.filename(index, absolute=absolute)
 
 
 @dataclass
-class PixelData:
-    """What a run trains on, and what its samples are compared with: for the report, and for the switch-off."""
+class DiffusionData:
+    """What a run trains on, and what its samples are compared with.
 
-    train: Dataset  # batches (B, C, H, W) in [-1, 1] and labels, through w2s.images.loading.train_batches
+    Attributes:
+        train: batches (B, C, H, W) in [-1, 1] and labels, through w2s.images.loading.train_batches.
+        report: the images that the reported distance refers to.
+        switch: the images that decide on the switch-off.
+        num_classes: of the labels.
+        samples: training images an epoch.
+        cache: what `--cache` means for this run: "device", "cpu" or "none".
+        sizes: of the splits, for summary.json and the first lines.
+    """
+
+    train: Dataset
     report: Reference
     switch: Reference
     num_classes: int
-    samples: int  # training images an epoch
-    cache: str  # what --cache came to
-    sizes: dict
+    samples: int
+    cache: str
+    sizes: dict[str, int]
 
 
-def load_pixels(args, accelerator, cache: str) -> PixelData:
-    """Open, check and resize `--dataset` for a run; settles what `--cache auto` means.
+def load_diffusion_data(args, accelerator: Accelerator, *, cache: str) -> DiffusionData:
+    """Open, check and resize `--dataset` for a run, and settle what `--cache auto` means.
 
-    The shorter side is resized to --img-size and the centre cut out. The switch-off compares with the slice that
-    --switch-split holds out of training, or with the training images where that is 0. Without --class-cond no labels
-    are needed; where there are some that subsets can be balanced by, they are.
+    The shorter side of each image is resized to --img-size and the centre cut out. The switch-off compares with the
+    slice that --switch-split holds out of training, or with the training images where that is 0.
+
+    Args:
+        args: resolved options; this reads those of the group "data", --class-cond, --fd-split and the switch split.
+        accelerator: gives the device and the processes.
+        cache: the value of `--cache`, or what a resumed run had settled on.
 
     Raises:
-        InputError: see the functions this one calls.
+        InputError: the data cannot be opened or read, do not fit the options, or cannot be cut as they ask.
     """
-    if args.dataset.partition("/")[0] in STREAMS:
+    if is_stream(args.dataset):
         raise InputError(f"--dataset {args.dataset} is a stream; diffusion needs images that can be read in any order")
-    mode = image_mode(args)
-    half = (0.5,) * args.in_chans
-    config = {"input_size": (args.in_chans, args.img_size, args.img_size), "mean": half, "std": half}
-    config |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
-    source = open_dataset(args, args.train_split, labelled=args.class_cond or args.target_key is not None)
-    try:
-        fraction = float(args.switch_split)
-    except ValueError:
-        raise InputError(f"--switch-split {args.switch_split}: a share of the training data, as 0.02") from None
+    open_split = partial(
+        open_dataset,
+        args.dataset,
+        data_dir=args.data_dir,
+        mode=image_mode(args.in_chans),
+        input_key=args.input_key,
+        target_key=args.target_key,
+    )
+    labelled = args.class_cond or args.target_key is not None
+    dataset, num_classes, train_rows, switch_rows = _cut(args, open_split(args.train_split, labelled=labelled))
+    data_config = _data_config(args.img_size, args.in_chans)
+    cache = resolve_cache(
+        cache,
+        obstacle=None,
+        images=len(train_rows),
+        input_size=data_config["input_size"],
+        pad=0,
+        accelerator=accelerator,
+    )
+    build_split = partial(_build_split, args, data_config=data_config, device=cache_device(cache, accelerator))
 
-    def cut(targets: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-        return split_training(targets, num_classes, fraction, args.train_samples, args.switch_seed)
+    def reference(part: Dataset, split: str, rows: np.ndarray, cached: CachedSplit | None = None) -> Reference:
+        if args.dry_run:
+            rows, cached = rows[: 4 * args.batch_size], None
+        images = build_split(part, rows) if cached is None else cached
+        return Reference(images, key=_reference_key(args, part, split=split, rows=rows))
 
+    train = build_split(dataset, train_rows, training=True)
+    report = train_reference = reference(
+        dataset, args.train_split, train_rows, cached=train if isinstance(train, CachedSplit) else None
+    )
+    if args.fd_split not in (None, args.train_split):
+        others = Unlabelled(open_split(args.fd_split, labelled=False))
+        report = reference(others, args.fd_split, np.arange(len(others)))
+    switch = reference(dataset, args.train_split, switch_rows) if len(switch_rows) else train_reference
+    return DiffusionData(
+        train=train,
+        report=report,
+        switch=switch,
+        num_classes=num_classes,
+        samples=len(train_rows),
+        cache=cache,
+        sizes={"train": len(train_rows), "switch": len(switch_rows), "report": len(report)},
+    )
+
+
+def _cut(args, dataset: Dataset) -> tuple[Dataset, int, np.ndarray, np.ndarray]:
+    """Choose the images to train on and those held out for the switch-off, class by class where there are labels.
+
+    Returns:
+        The dataset, `Unlabelled` where its labels are neither usable nor needed; the number of classes; the rows to
+        train on; and the rows held out.
+
+    Raises:
+        InputError: the options ask for an impossible cut, or for labels that are not there.
+    """
+    split = partial(
+        stratified_split,
+        fraction=switch_fraction(args.switch_split),
+        samples=args.train_samples,
+        seed=args.switch_seed,
+    )
     try:
-        names = class_names(source)
-        targets = targets_of(source, args.train_split, len(names) or None)
+        names = class_names(dataset)
+        targets = targets_of(dataset, args.train_split, len(names) or None)
         num_classes = len(names) or int(targets.max()) + 1
         if args.class_cond and num_classes == 1:
             raise InputError(f"--class-cond: the images of split '{args.train_split}' have no labels, or one class")
-        rows, held = cut(targets, num_classes)
+        return dataset, num_classes, *split(targets, num_classes=num_classes)
     except InputError:
         if args.class_cond:
             raise
-        source, num_classes = Unlabelled(source), 1
-        rows, held = cut(np.zeros(len(source), np.int64), num_classes)
-    plainly = argparse.Namespace(**vars(args), no_aug=True, pad_crop=None)  # what the cache is asked to do
-    cache = resolve_cache(plainly, cache, len(rows), config, accelerator)
-    device = accelerator.device if cache == "device" else torch.device("cpu")
-    plain, flip = eval_transform(config), transforms.RandomHorizontalFlip(args.hflip)
-
-    def split(part: Dataset, indices: np.ndarray, training: bool = False) -> Dataset:
-        if cache != "none":
-            cached = cache_split(ImageSplit(part, indices, None, mode), args, config, device, training=False)
-            cached.hflip = args.hflip if training else 0.0
-            return cached
-        decoded = check_images(part, indices, mode, args.check_images)
-        shape = transforms.Compose([flip, plain]) if training else plain
-        return ImageSplit(part, indices, shape, mode, args.seed if training else None, decoded)
-
-    def reference(part: Dataset, name: str, indices: np.ndarray, cached: Dataset | None = None) -> Reference:
-        indices = indices[: 4 * args.batch_size] if args.dry_run else indices
-        digest = hashlib.sha256(np.ascontiguousarray(indices, np.int64).tobytes()).hexdigest()
-        place = str(Path(args.data_dir).resolve()) if args.data_dir else None
-        key = {"dataset": identity(args.dataset, part), "folder": place, "column": args.input_key}
-        key |= {"split": name, "rows": digest}
-        key |= {"n": len(indices), "size": args.img_size, "channels": args.in_chans}
-        return Reference(cached if cached is not None and not args.dry_run else split(part, indices), key)
-
-    train = split(source, rows, training=True)
-    trained = reference(source, args.train_split, rows, train if cache != "none" else None)
-    other = args.fd_split not in (None, args.train_split)
-    report = trained
-    if other:
-        against = Unlabelled(open_dataset(args, args.fd_split, labelled=False))
-        report = reference(against, args.fd_split, np.arange(len(against)))
-    switch = reference(source, args.train_split, held) if len(held) else trained
-    sizes = {"train": len(rows), "switch": len(held), "report": len(report)}
-    return PixelData(train, report, switch, num_classes=num_classes, samples=len(rows), cache=cache, sizes=sizes)
+    dataset = Unlabelled(dataset)
+    return dataset, 1, *split(np.zeros(len(dataset), np.int64), num_classes=1)
 
 
-def identity(dataset: str, part: Dataset) -> list:
-    """What tells `--dataset` from another of its name: hfds's may be a relative folder, or have come to new files."""
-    kind, _, name = dataset.partition("/")
+def _data_config(img_size: int, in_chans: int) -> dict:
+    """timm's data config of images in [-1, 1]."""
+    return {
+        "input_size": (in_chans, img_size, img_size),
+        "mean": (0.5,) * in_chans,
+        "std": (0.5,) * in_chans,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+
+
+def _build_split(
+    args,
+    dataset: Dataset,
+    rows: np.ndarray,
+    *,
+    data_config: dict,
+    device: torch.device | None,
+    training: bool = False,
+) -> CachedSplit | ImageSplit:
+    """Some images, flipped at random in training: kept on a device, or without one read anew in every epoch."""
+    mode = image_mode(args.in_chans)
+    if device is not None:
+        return cache_split(
+            dataset,
+            rows,
+            mode=mode,
+            transform=eval_transform(data_config, as_uint8=True),
+            data_config=data_config,
+            device=device,
+            channels_last=args.channels_last,
+            hflip=args.hflip if training else 0.0,
+        )
+    decoded = check_decodable(dataset, rows, mode=mode, limit=args.check_images)
+    transform, seed = eval_transform(data_config), None
+    if training:
+        transform, seed = transforms.Compose([transforms.RandomHorizontalFlip(args.hflip), transform]), args.seed
+    return ImageSplit(dataset, rows, mode=mode, transform=transform, seed=seed, decoded=decoded)
+
+
+def _reference_key(args, dataset: Dataset, *, split: str, rows: np.ndarray) -> dict:
+    """What tells the images of some rows from all others; statistics of them are kept under this key."""
+    return {
+        "dataset": identity(args.dataset, dataset),
+        "folder": str(Path(args.data_dir).resolve()) if args.data_dir else None,
+        "column": args.input_key,
+        "split": split,
+        "rows": hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest(),
+        "n": len(rows),
+        "size": args.img_size,
+        "channels": args.in_chans,
+    }
+
+
+def identity(name: str, dataset: Dataset) -> list:
+    """What tells a dataset from another under the same `--dataset` name.
+
+    The name of a Hugging Face dataset may be a relative folder, and its files may have been replaced.
+    """
+    kind, _, rest = name.partition("/")
     if kind != "hfds":
-        return [dataset]
-    fingerprint = getattr(part.reader.dataset, "_fingerprint", None)  # of the files, made by the datasets library
-    return [kind, str(Path(name).resolve()) if Path(name).exists() else name, fingerprint]
+        return [name]
+    fingerprint = getattr(dataset.reader.dataset, "_fingerprint", None)  # of the files, made by the datasets library
+    return [kind, str(Path(rest).resolve()) if Path(rest).exists() else rest, fingerprint]
 
 
 def save_grid(images: Tensor, path: Path, count: int = 64) -> None:
-    """Write the first `count` images (N, C, H, W), uint8, as one PNG, small ones enlarged; complete or not at all."""
+    """Write the first `count` images (N, C, H, W), uint8, as one PNG, with small ones enlarged.
+
+    An older file stays as it was if that fails.
+    """
     scale = max(1, 48 // images.shape[-1])
     grid = make_grid(images[:count], nrow=8, padding=2).permute(1, 2, 0).numpy()
     with replacing(path, "wb") as file:

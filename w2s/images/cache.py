@@ -1,210 +1,191 @@
-"""Small datasets decoded once to uint8 and kept on a device, where they are cropped, flipped, erased and normalised.
+"""Small datasets that are decoded once and kept as uint8 on a device, where they are cropped, flipped and normalised.
 
-The same images in the same order as the loader's, augmented with the same distribution: what is drawn for an image is a
-function of (seed, epoch, position in the split), whatever the batch size and the number of processes.
+The images come in the same order as from the loader, with augmentation of the same distribution: what is drawn for an
+image is a function of (seed, epoch, position in the split), whatever the batch size and the number of processes.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import transforms
 
 from w2s.engine.errors import InputError
 from w2s.engine.randomness import epoch_order, mix_seed
+from w2s.images.datasets import read_image
 
-SHARE = 0.25  # of the free memory that the training images may take under --cache auto
-TRIES = 10  # for a rectangle that fits, as timm's RandomErasing
-AREA, LOG_ASPECT = (0.02, 1 / 3), math.log(1 / 0.3)
+MEMORY_SHARE = 0.25  # of the free memory that the training images may take under --cache auto
 
 
 class CachedSplit(Dataset):
     """Images of one split, ready on a device.
 
     Args:
-        pixels: (N, H + 2p, W + 2p, C) uint8, already padded by p = `pad` on each side.
+        images: (N, H + 2p, W + 2p, C) uint8, already padded by p = `pad` on each side.
         targets: (N,) int64.
         mean, std: one number a channel; batches are (x / 255 - mean) / std.
         channels_last: memory format of the batches.
-        pad, hflip, vflip, reprob, remode: the augmentation of training batches, as the options of these names.
+        pad, hflip, vflip: the augmentation of training batches: how far a crop may be shifted, in pixels, and the
+            probabilities of a flip.
     """
 
     def __init__(
         self,
-        pixels: Tensor,
+        images: Tensor,
         targets: Tensor,
+        *,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         channels_last: bool = False,
         pad: int = 0,
         hflip: float = 0.0,
         vflip: float = 0.0,
-        reprob: float = 0.0,
-        remode: str = "pixel",
     ) -> None:
-        self.pixels, self.targets, self.pad = pixels, targets, pad
-        self.mean, self.std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (mean, std))
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
-        self.hflip, self.vflip, self.reprob, self.remode = hflip, vflip, reprob, remode
-        self.height, self.width = pixels.shape[1] - 2 * pad, pixels.shape[2] - 2 * pad
+        self.images, self.targets = images, targets
+        self.mean = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
+        self.std = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.pad, self.hflip, self.vflip = pad, hflip, vflip
+        self.height, self.width = images.shape[1] - 2 * pad, images.shape[2] - 2 * pad
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def train_batches(
-        self, batch_size: int, batches: int, seed: int, start: int, rank: int = 0, world: int = 1
+        self, *, batch_size: int, batches_per_epoch: int, seed: int, start: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless augmented batches of one process, from batch `start` of the run on, `batches` an epoch."""
-        epoch, batch = divmod(start, batches)
+        """Endless augmented batches of one process, from batch `start` of the run on."""
+        epoch, batch = divmod(start, batches_per_epoch)
         while True:
-            order = epoch_order(len(self), seed, epoch).to(self.pixels.device)
-            draws = self._draws(seed, epoch)
-            for k in range(batch, batches):
+            permutation = epoch_order(len(self), seed, epoch).to(self.images.device)
+            shifts, flips = self._draw_augmentation(seed, epoch)
+            for k in range(batch, batches_per_epoch):
                 begin = (k * world + rank) * batch_size
-                rows = order[begin : begin + batch_size]
-                images = self._cropped(rows, draws)
-                if self.reprob:
-                    noise = self._noise(batch_size * world, mix_seed(seed, epoch, k))
-                    self._erase(images, draws["boxes"][rows], noise[rank * batch_size : (rank + 1) * batch_size])
-                yield images, self.targets[rows]
+                rows = permutation[begin : begin + batch_size]
+                yield self._crop_and_flip(rows, shifts[rows], flips[rows]), self.targets[rows]
             epoch, batch = epoch + 1, 0
 
-    def eval_batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self, *, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Every rank-th image in order, as it is: each exactly once over all processes."""
-        for rows in torch.arange(rank, len(self), world, device=self.pixels.device).split(batch_size):
-            yield self._normalised(self.pixels[rows]), self.targets[rows]
+        for rows in torch.arange(rank, len(self), world, device=self.images.device).split(batch_size):
+            yield self._normalise(self.images[rows]), self.targets[rows]
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.format)
+    def _normalise(self, images: Tensor) -> Tensor:
+        images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.memory_format)
         return images.div_(255).sub_(self.mean).div_(self.std)
 
-    def _draws(self, seed: int, epoch: int) -> dict[str, Tensor]:
-        """What is random in an epoch, a row for each image."""
+    def _draw_augmentation(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """What is random in an epoch, one row an image: shifts (N, 2) int64 and flips (N, 2) bool, each as (y, x)."""
         generator, count = torch.Generator().manual_seed(mix_seed(seed, epoch, 1)), len(self)
-        draws = {
-            "shift": torch.randint(0, 2 * self.pad + 1, (count, 2), generator=generator),
-            "flip": torch.rand(count, 2, generator=generator) < torch.tensor([self.vflip, self.hflip]),
-        }
-        if self.reprob:
-            draws["boxes"] = self._boxes(torch.rand(count, 1 + 4 * TRIES, generator=generator))
-        return {name: values.to(self.pixels.device) for name, values in draws.items()}
+        shifts = torch.randint(0, 2 * self.pad + 1, (count, 2), generator=generator)
+        flips = torch.rand(count, 2, generator=generator) < torch.tensor([self.vflip, self.hflip])
+        return shifts.to(self.images.device), flips.to(self.images.device)
 
-    def _cropped(self, rows: Tensor, draws: dict[str, Tensor]) -> Tensor:
+    def _crop_and_flip(self, rows: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
         """One gather takes the shifted and flipped window out of each padded image."""
-        axes = []
-        for axis, length in enumerate((self.height, self.width)):
-            steps = torch.arange(length, device=rows.device)
-            steps = torch.where(draws["flip"][rows, axis, None], steps.flip(0), steps)
-            axes.append(steps + draws["shift"][rows, axis, None])
-        return self._normalised(self.pixels[rows[:, None, None], axes[0][:, :, None], axes[1][:, None, :]])
-
-    def _boxes(self, uniform: Tensor) -> Tensor:
-        """(N, 4) top, bottom, left, right of the rectangle to erase, empty where there is none.
-
-        Area, aspect and place are distributed as in timm's RandomErasing (Zhong et al., arXiv 1708.04896).
-        """
-        erased, tries = uniform[:, 0] <= self.reprob, uniform[:, 1:].view(-1, TRIES, 4)
-        area = (AREA[0] + (AREA[1] - AREA[0]) * tries[..., 0]) * self.height * self.width
-        aspect = torch.exp((2 * tries[..., 1] - 1) * LOG_ASPECT)
-        high, wide = torch.sqrt(area * aspect).round(), torch.sqrt(area / aspect).round()
-        fits = (high < self.height) & (wide < self.width)
-        first = fits.int().argmax(1, keepdim=True)  # the first try that fits
-        high, wide, y, x, fits = (v.gather(1, first)[:, 0] for v in (high, wide, tries[..., 2], tries[..., 3], fits))
-        high, wide = (side * (erased & fits) for side in (high, wide))
-        top, left = (y * (self.height - high + 1)).floor(), (x * (self.width - wide + 1)).floor()
-        return torch.stack([top, top + high, left, left + wide], 1).long()
-
-    def _noise(self, count: int, seed: int) -> Tensor:
-        """What erased pixels become: normal a pixel, normal a channel, or 0."""
-        shape = {"pixel": (self.height, self.width), "rand": (1, 1)}.get(self.remode)
-        channels = self.pixels.shape[-1]
-        if shape is None:
-            return self.mean.new_zeros(count, channels, 1, 1)
-        generator = torch.Generator(self.pixels.device).manual_seed(seed)
-        return torch.randn(count, channels, *shape, device=self.pixels.device, generator=generator)
-
-    def _erase(self, images: Tensor, boxes: Tensor, noise: Tensor) -> None:
-        top, bottom, left, right = boxes.view(-1, 4, 1, 1).unbind(1)
-        y = torch.arange(self.height, device=images.device)[:, None]
-        x = torch.arange(self.width, device=images.device)
-        inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-        torch.where(inside[:, None], noise, images, out=images)
+        y = _window(self.height, shifts[:, 0, None], flips[:, 0, None])
+        x = _window(self.width, shifts[:, 1, None], flips[:, 1, None])
+        return self._normalise(self.images[rows[:, None, None], y[:, :, None], x[:, None, :]])
 
 
-def obstacle(args) -> str | None:
-    """What in the options `--cache` cannot do, None if it can do it all."""
-    if not args.no_aug:
-        if args.pad_crop is None:
-            return "random resized crops (--pad-crop N crops small images)"
-        if args.aa:
-            return f"--aa {args.aa}"
-        if args.color_jitter:
-            return f"--color-jitter {args.color_jitter:g}"
-    return None
+def _window(length: int, shift: Tensor, flip: Tensor) -> Tensor:
+    """The coordinates (B, length) along one axis of windows that start at `shift` (B, 1), reversed where `flip`."""
+    steps = torch.arange(length, device=shift.device)
+    return torch.where(flip, steps.flip(0), steps) + shift
 
 
-def resolve_cache(args, cache: str, images: int, data_config: dict, accelerator) -> str:
-    """ "device", "cpu" or "none": what `--cache` means for so many training images.
+def resolve_cache(
+    cache: str,
+    *,
+    obstacle: str | None,
+    images: int,
+    input_size: tuple[int, int, int],
+    pad: int,
+    accelerator: Accelerator,
+) -> str:
+    """What `--cache` means for this run: "device", "cpu" or "none".
+
+    Args:
+        cache: the value of the option.
+        obstacle: what is asked for and the cache cannot do; None if there is no such thing.
+        images: how many training images there are.
+        input_size: channels, height and width of an image.
+        pad: pixels by which each side of an image is padded.
+        accelerator: gives the device and the processes.
 
     Raises:
         InputError: a cache is asked for that cannot do what the other options ask for.
     """
-    reason = obstacle(args)
     if cache != "auto":
-        if cache != "none" and reason:
-            raise InputError(f"--cache {cache} cannot do {reason}; use --cache none for that")
+        if cache != "none" and obstacle:
+            raise InputError(f"--cache {cache} cannot do {obstacle}; use --cache none for that")
         return cache
-    channels, height, width = data_config["input_size"]
-    pad = args.pad_crop or 0
+    channels, height, width = input_size
     if accelerator.device.type == "cuda":
         free = torch.cuda.mem_get_info(accelerator.device)[0]
     else:
         free = psutil.virtual_memory().available / accelerator.num_processes
-    fits = images * channels * (height + 2 * pad) * (width + 2 * pad) <= SHARE * free
-    choice = "device" if fits and not reason else "none"
+    fits = images * channels * (height + 2 * pad) * (width + 2 * pad) <= MEMORY_SHARE * free
+    choice = "device" if fits and not obstacle else "none"
     return broadcast_object_list([choice])[0]  # memory differs between processes, the choice must not
 
 
-def cache_split(split: Dataset, args, data_config: dict, device: torch.device, training: bool) -> CachedSplit:
-    """Decode and resize a whole `ImageSplit`.
+def cache_device(cache: str, accelerator: Accelerator) -> torch.device | None:
+    """Where the images are kept under a resolved `--cache`; None if they are not."""
+    return {"device": accelerator.device, "cpu": torch.device("cpu"), "none": None}[cache]
+
+
+def cache_split(
+    dataset: Dataset,
+    rows: np.ndarray,
+    *,
+    mode: str,
+    transform: Callable,
+    data_config: dict,
+    device: torch.device,
+    channels_last: bool,
+    pad: int = 0,
+    hflip: float = 0.0,
+    vflip: float = 0.0,
+) -> CachedSplit:
+    """Decode and resize some images of a dataset, and keep them on a device.
+
+    Args:
+        dataset: where the images are.
+        rows: which of them, in this order.
+        mode: the PIL mode to decode to.
+        transform: from a PIL image to uint8 pixels (C, H, W) of the size in `data_config`.
+        data_config: timm's data config: input_size, mean, std.
+        device: where the images are kept.
+        channels_last, pad, hflip, vflip: see `CachedSplit`.
 
     Raises:
         InputError: an image is corrupt; it is named.
     """
-    size = data_config["input_size"][-2:]
-    crops = training and not args.no_aug
-    if crops:
-        resize = transforms.Resize(size, transforms.InterpolationMode(data_config["interpolation"]))
-        shape: Callable = transforms.Compose([resize, transforms.PILToTensor()])
-    else:
-        keys = ("input_size", "interpolation", "mean", "crop_pct", "crop_mode")
-        options = {k: data_config[k] for k in keys if k in data_config}
-        if training and args.train_interpolation:
-            options["interpolation"] = args.train_interpolation
-        shape = create_transform(no_aug=training, is_training=training, use_prefetcher=True, **options)
 
-    def decode(position: int) -> tuple[np.ndarray, int]:
-        image, target = split.read(position)
-        return np.asarray(shape(image)).transpose(1, 2, 0), target
+    def decode(row: int) -> tuple[np.ndarray, int]:
+        image, target = read_image(dataset, int(row), mode)
+        return np.asarray(transform(image)).transpose(1, 2, 0), target
 
-    pad = args.pad_crop if crops else 0
-    pixels = np.zeros((len(split), size[0] + 2 * pad, size[1] + 2 * pad, data_config["input_size"][0]), np.uint8)
-    targets = torch.empty(len(split), dtype=torch.long)
+    channels, height, width = data_config["input_size"]
+    images = np.zeros((len(rows), height + 2 * pad, width + 2 * pad, channels), np.uint8)
+    targets = torch.empty(len(rows), dtype=torch.long)
     with ThreadPoolExecutor() as pool:
-        for position, (image, target) in enumerate(pool.map(decode, range(len(split)))):
-            pixels[position, pad : pad + size[0], pad : pad + size[1]] = image
+        for position, (image, target) in enumerate(pool.map(decode, rows)):
+            images[position, pad : pad + height, pad : pad + width] = image
             targets[position] = target
-    augmentation = {k: getattr(args, k) for k in ("hflip", "vflip", "reprob", "remode")} if crops else {}
     return CachedSplit(
-        torch.from_numpy(pixels).to(device),
+        torch.from_numpy(images).to(device),
         targets.to(device),
-        *(data_config["mean"], data_config["std"], args.channels_last, pad),
-        **augmentation,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        channels_last=channels_last,
+        pad=pad,
+        hflip=hflip,
+        vflip=vflip,
     )

@@ -8,9 +8,6 @@ from torch.utils.data import Dataset
 
 from w2s.engine.errors import InputError
 
-# what fits small grey digits; an option given by the user or a recipe wins
-DIGITS_DEFAULTS = {"img_size": 32, "hflip": 0.0, "mean": [0.5], "std": [0.5], "val_split": "test"}
-
 
 class Digits(Dataset):
     """scikit-learn's handwritten digits: 1,797 real 8x8 images, 1,200 to train and 597 to test, the same every time."""

@@ -1,7 +1,7 @@
-"""timm models: building, a stem for small images, loading weights, exporting a folder that timm reads back.
+"""timm models: building them, a stem for small images, loading weights, and exports that timm reads back.
 
-Importing this module registers `small_stem` with timm, so an export of such a model loads with
-`timm.create_model("local-dir:FOLDER", pretrained=True)` once `w2s.images.models` is imported.
+Importing this module registers `small_stem` with timm. After that, an export of such a model loads with
+`timm.create_model("local-dir:FOLDER", pretrained=True)` like any other.
 """
 
 import copy
@@ -14,8 +14,9 @@ import torch
 from timm.models import load_pretrained, load_state_dict, register_model, save_for_hf
 from torch import nn
 
-from w2s.engine.errors import InputError
+from w2s.engine.errors import InputError, first_line, last_line
 from w2s.engine.files import replacing_folder
+from w2s.engine.plan import count_flops
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 
@@ -24,15 +25,26 @@ def create_model(
     name: str,
     num_classes: int,
     in_chans: int = 3,
+    *,
     img_size: int | None = None,
     small_stem: bool = False,
     pretrained: bool = False,
     model_kwargs: dict | None = None,
 ) -> nn.Module:
-    """A timm model; `img_size` reaches only architectures whose weights depend on it (ViT, Swin, ...).
+    """Build a timm model.
+
+    Args:
+        name: a timm model, with a pretrained tag or without.
+        num_classes: outputs of the classifier.
+        in_chans: channels of the images.
+        img_size: height and width of the images. Only architectures whose weights depend on it (ViT, Swin, ...) get it.
+        small_stem: replace the stem by that of `small_stem`.
+        pretrained: load timm's weights.
+        model_kwargs: further arguments of the architecture.
 
     Raises:
-        InputError: unknown name, arguments the architecture does not take, weights that cannot be had, no such stem.
+        InputError: an unknown name, an argument that the architecture does not take, weights that cannot be loaded, or
+            a model without a stem that `small_stem` could replace.
     """
     kwargs = {"in_chans": in_chans, **(model_kwargs or {})}
     if ":" not in name and pretrained_cfg(name).get("fixed_input_size") and img_size:
@@ -45,16 +57,16 @@ def create_model(
         raise
     except Exception as error:  # timm raises whatever its constructors and the hub raise
         what = f"cannot load pretrained weights of '{name}'" if pretrained else f"cannot build model '{name}'"
-        raise InputError(f"{what}: {type(error).__name__}: {_one_line(error)}") from None
-    model.w2s_args = {k: v for k, v in kwargs.items() if k != "in_chans" or v != 3}
+        raise InputError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
+    model.timm_kwargs = {k: v for k, v in kwargs.items() if k != "in_chans" or v != 3}  # for `export`
     return model
 
 
 def pretrained_cfg(name: str) -> dict:
-    """timm's pretrained_cfg of a model name, empty where it has none.
+    """timm's pretrained_cfg for the name of a model; empty where timm has none.
 
     Raises:
-        InputError: no such model, or no such pretrained tag of it.
+        InputError: timm has no such model, or the model no such pretrained tag.
     """
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -73,7 +85,7 @@ def small_stem(pretrained: bool = False, base: str = "resnet18", **kwargs) -> nn
     """A timm model `base` whose first convolution is 3x3 with stride 1 and whose stem has no pooling.
 
     Raises:
-        InputError: `base` has no strided stem of that kind.
+        InputError: `base` does not start with a strided convolution that could be replaced.
     """
     local = (kwargs.get("pretrained_cfg") or {}).get("source") == "local-dir"
     model = timm.create_model(base, pretrained=pretrained and not local, **kwargs)
@@ -99,11 +111,33 @@ def small_stem(pretrained: bool = False, base: str = "resnet18", **kwargs) -> nn
     return model
 
 
+def classifier_flops(model: nn.Module, image_shape: tuple[int, int, int], *, batch: int, train: bool) -> int:
+    """FLOPs of a forward, or if `train` of a forward and a backward, on a batch of images.
+
+    They are counted on the meta device, where nothing is computed.
+
+    Args:
+        model: takes images and gives logits. It is copied.
+        image_shape: (C, H, W).
+        batch: how many images.
+        train: count as in training mode, and the backward, too.
+    """
+    model = copy.deepcopy(model).to("meta").train(train)
+    images = torch.empty(2, *image_shape, device="meta")
+
+    def step() -> None:
+        logits = model(images)
+        if train:
+            logits.sum().backward()
+
+    return count_flops(step) * batch // 2
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file by name; EMA weights first where a timm checkpoint holds both.
+    """The tensors of a weights file by name; the moving average of the weights where a timm checkpoint has one.
 
     Raises:
-        InputError: missing, truncated or unsafe file.
+        InputError: the file is missing, truncated, or holds more than tensors.
     """
     if not path.is_file():
         raise InputError(f"no weights file {path}")
@@ -112,23 +146,28 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_state_dict(str(path), weights_only=True)
     except Exception as error:  # truncated zip, bad header, pickled code: torch and safetensors raise many kinds
-        reason = f"{type(error).__name__}: {_one_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         if any(isinstance(e, pickle.UnpicklingError) for e in (error, error.__cause__)):
             reason = "it holds more than tensors, or is no weights file; save the state_dict alone, as .safetensors"
         raise InputError(f"cannot read weights {path}: {reason}") from None
 
 
 def load_weights(model: nn.Module, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Load a weights file into a model, whole and exact; `state` is what it holds, if it was read already.
+    """Load a weights file into a model, every tensor of both exactly once.
+
+    Args:
+        model: takes the weights.
+        path: the weights file.
+        state: what the file holds, if it has been read already.
 
     Raises:
-        InputError: see `read_weights`; weights of another architecture.
+        InputError: see `read_weights`, or the weights are those of another architecture.
     """
     state = read_weights(path) if state is None else state
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (RuntimeError, AttributeError) as error:
-        raise InputError(f"{path} does not fit the architecture: {_one_line(error, last=True)}") from None
+        raise InputError(f"{path} does not fit the architecture: {last_line(error)}") from None
     if missing or unexpected:
         raise InputError(
             f"{path} is of another architecture: {len(missing)} tensors missing (first: {missing[:1]}), "
@@ -137,10 +176,10 @@ def load_weights(model: nn.Module, path: Path, state: dict[str, torch.Tensor] | 
 
 
 def find_model(path: str) -> Path:
-    """The exported model folder meant by a path: a run folder's `model/`, or a folder with config.json itself.
+    """The folder of the exported model that a path means: `model/` of a run folder, or the folder itself.
 
     Raises:
-        InputError: neither is there.
+        InputError: neither holds an exported model.
     """
     folder = Path(path)
     if not folder.exists():
@@ -153,27 +192,22 @@ def find_model(path: str) -> Path:
 
 
 def load_folder(folder: Path, trained: bool = True) -> nn.Module:
-    """A model with its weights from an export, or as it was before any training.
+    """The model of an exported folder, with its weights or, if not `trained`, with random ones.
 
     Raises:
-        InputError: broken config, unknown architecture, or weights that are truncated or do not fit.
+        InputError: a broken config, an unknown architecture, or weights that are truncated or do not fit.
     """
     try:
         model = timm.create_model(f"local-dir:{folder}")
     except Exception as error:
-        raise InputError(f"cannot build the model of {folder}: {type(error).__name__}: {_one_line(error)}") from None
+        raise InputError(f"cannot build the model of {folder}: {type(error).__name__}: {first_line(error)}") from None
     if trained:
         load_weights(model, folder / "model.safetensors")
     return model
 
 
 def export(model: nn.Module, folder: Path) -> None:
-    """Write model.safetensors and config.json into `folder`, complete or as it was before."""
+    """Write model.safetensors and config.json into `folder`. If that fails, the folder stays as it was."""
     model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other layout
     with replacing_folder(folder) as beside:
-        save_for_hf(model, beside, model_args=getattr(model, "w2s_args", None), safe_serialization=True)
-
-
-def _one_line(error: Exception, last: bool = False) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return (lines[-1] if last else lines[0])[:300]
+        save_for_hf(model, beside, model_args=getattr(model, "timm_kwargs", None), safe_serialization=True)

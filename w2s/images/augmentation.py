@@ -1,0 +1,178 @@
+"""The augmentation options of a classifier, and timm's transforms that are built from them."""
+
+import argparse
+from collections.abc import Callable
+
+from timm.data import Mixup, create_transform, resolve_data_config
+from torchvision import transforms
+
+from w2s.engine.errors import InputError, on_one_line
+from w2s.engine.options import add_switch, not_negative
+
+
+def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
+    """Crops, flips, colours, erasing and mixing of images, under timm's names."""
+    group = parser.add_argument_group("augmentation (timm)")
+    add_switch(group, "--no-aug", "none")
+    group.add_argument("--pad-crop", type=int, metavar="N", help="for small images: pad by N, crop, flip")
+    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0])
+    group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3])
+    group.add_argument("--hflip", type=float, help="default: 0.5")
+    group.add_argument("--vflip", type=float, default=0.0)
+    group.add_argument("--color-jitter", type=float, default=0.4)
+    group.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment, e.g. rand-m9-mstd0.5")
+    group.add_argument("--reprob", type=float, default=0.0, help="random erasing")
+    group.add_argument("--remode", default="pixel")
+    group.add_argument("--mixup", type=not_negative, default=0.0)
+    group.add_argument("--cutmix", type=not_negative, default=0.0)
+    group.add_argument("--mixup-prob", type=float, default=1.0)
+    group.add_argument("--mixup-switch-prob", type=float, default=0.5)
+    group.add_argument("--mixup-mode", choices=["batch", "pair", "elem"], default="batch")
+    group.add_argument("--mixup-off-epoch", type=int, default=0, help="0: never off")
+    group.add_argument("--train-interpolation", metavar="MODE")
+    group.add_argument("--interpolation", metavar="MODE")
+    group.add_argument("--crop-pct", type=float, help="of evaluation (default: the model's; 1 up to 64 px)")
+    group.add_argument("--mean", type=float, nargs="+")
+    group.add_argument("--std", type=float, nargs="+")
+
+
+def build_data_config(args, pretrained_cfg: dict) -> dict:
+    """timm's data config of a run: input_size (C, H, W), mean, std, interpolation, crop_pct and crop_mode.
+
+    Args:
+        args: options; this reads those of the group "augmentation", and the size and the channels of the images.
+        pretrained_cfg: timm's description of the model, which says what is not given.
+
+    Raises:
+        InputError: a mean or std of another number of channels.
+    """
+    given = {name: getattr(args, name) for name in ("img_size", "in_chans", "interpolation", "crop_pct")}
+    config = resolve_data_config(given, pretrained_cfg=pretrained_cfg)
+    config["input_size"] = (args.in_chans, *config["input_size"][-2:])
+    for name in ("mean", "std"):
+        values = getattr(args, name)
+        if values and len(values) not in (1, args.in_chans):
+            raise InputError(f"--{name} takes 1 or {args.in_chans} values, one a channel, got {len(values)}")
+        values = tuple(values or config[name])
+        if len(values) != args.in_chans:  # one value for all channels, or RGB statistics averaged for grey images
+            values = (sum(values) / len(values),) * args.in_chans
+        config[name] = values
+    if args.crop_pct is None and max(config["input_size"][-2:]) <= 64:
+        config["crop_pct"] = 1.0
+    return config
+
+
+def classification_transform(args, data_config: dict) -> Callable:
+    """timm's training transform, from a PIL image to a normalised float tensor (C, H, W).
+
+    With `--pad-crop` timm's random resized crop gives way to that of small images: pad, random crop, flip.
+
+    Args:
+        args: resolved options; this reads those of the group "augmentation".
+        data_config: timm's data config: input_size, mean, std, interpolation.
+
+    Raises:
+        InputError: timm does not know one of the values.
+    """
+    try:
+        stages = create_transform(
+            data_config["input_size"],
+            is_training=True,
+            no_aug=args.no_aug,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter or None,  # 0 would still cost its random draws
+            auto_augment=args.aa,
+            interpolation=args.train_interpolation or data_config["interpolation"],
+            mean=data_config["mean"],
+            std=data_config["std"],
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            separate=not args.no_aug,
+        )
+    except Exception as error:  # timm checks --aa, --remode and the like by assertion and look-up
+        raise _cannot_build(error) from None
+    if args.no_aug:
+        return stages
+    crop, colour, final = stages
+    if args.pad_crop is not None:
+        size = list(data_config["input_size"][-2:])
+        crop = transforms.Compose(
+            [
+                transforms.Resize(size, transforms.InterpolationMode(data_config["interpolation"])),
+                transforms.RandomCrop(size, padding=args.pad_crop),
+                transforms.RandomHorizontalFlip(args.hflip),
+                transforms.RandomVerticalFlip(args.vflip),
+            ]
+        )
+    return transforms.Compose([crop, colour, final])
+
+
+def eval_transform(data_config: dict, as_uint8: bool = False) -> Callable:
+    """timm's evaluation transform, from a PIL image to a normalised float tensor (C, H, W), or to uint8 pixels.
+
+    Raises:
+        InputError: timm does not know one of the values.
+    """
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    options = {k: data_config[k] for k in keys if k in data_config}
+    try:
+        return create_transform(is_training=False, use_prefetcher=as_uint8, **options)
+    except Exception as error:
+        raise _cannot_build(error) from None
+
+
+def cached_transform(args, data_config: dict) -> Callable:
+    """What `--cache` keeps of a training image: uint8 pixels (C, H, W), before they are cropped and flipped."""
+    size, interpolation = data_config["input_size"][-2:], data_config["interpolation"]
+    if args.no_aug:
+        return create_transform(
+            size,
+            is_training=True,
+            no_aug=True,
+            use_prefetcher=True,  # which leaves the normalisation out
+            interpolation=args.train_interpolation or interpolation,
+        )
+    resize = transforms.Resize(size, transforms.InterpolationMode(interpolation))
+    return transforms.Compose([resize, transforms.PILToTensor()])
+
+
+def cached_crop_and_flip(args) -> dict:
+    """The augmentation that `--cache` does by itself, as arguments of `cache_split`."""
+    return {} if args.no_aug else {"pad": args.pad_crop, "hflip": args.hflip, "vflip": args.vflip}
+
+
+def cache_obstacle(args) -> str | None:
+    """The augmentation that `--cache` cannot do, None if it can do all that is asked for."""
+    if args.no_aug:
+        return None
+    if args.pad_crop is None:
+        return "random resized crops (--pad-crop N crops small images)"
+    if args.aa:
+        return f"--aa {args.aa}"
+    if args.color_jitter:
+        return f"--color-jitter {args.color_jitter:g}"
+    if args.reprob:
+        return f"--reprob {args.reprob:g}"
+    return None
+
+
+def build_mixup(args, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, which then smooth the labels, too; None if neither is asked for."""
+    if not (args.mixup or args.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _cannot_build(error: Exception) -> InputError:
+    return InputError(f"cannot build the transforms: {type(error).__name__}: {on_one_line(error)}")

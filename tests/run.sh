@@ -3,4 +3,5 @@
 set -euo pipefail
 . "$(dirname "$0")/../recipes/setup.sh" pytest pytest-xdist ruff pycocotools wandb-workspaces
 ruff check .
+ruff format --check .
 python -m pytest -q --durations=10 --numprocesses logical --maxprocesses 8 --dist loadfile "$@"

@@ -7,6 +7,9 @@ from pathlib import Path
 import yaml
 
 from w2s.compare.__main__ import main
+from w2s.compare.comparable import choose_targets
+from w2s.compare.runs import read_run
+from w2s.compare.speedup import compare_arms
 from w2s.record import RunRecord
 
 NAN = math.nan
@@ -76,3 +79,52 @@ def spoil_summary(folder: Path, **facts: object) -> None:
 # first@60 at epochs 3, 5, 4 without and 2, 2, 3 with the teacher
 BASELINE = [[50, 55, 60, 62, 61], [40, 50, 58, 59, 65], [45, 59.9, 59.9, 63, 64]]
 TREATED = [[55, 60, 61, 62, 63], [50, 70, 59, 66, 67], [59, 59, 62, 64, 62]]
+
+
+def numbers(baseline: list[Path], treated: list[Path]) -> dict:
+    """What speedup.json would hold, from the library: nothing is drawn or written."""
+    arms = {"baseline": [read_run(folder) for folder in baseline], "treated": [read_run(folder) for folder in treated]}
+    result = compare_arms(arms, choose_targets(arms["baseline"] + arms["treated"]))
+    return json.loads(json.dumps(result, allow_nan=False))
+
+
+def core(summary: dict) -> dict:
+    """The runs and the median of a summary."""
+    return {"runs": summary["runs"], "median": summary["median"]}
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """The rows of the first Markdown table under a heading or in a fold of this title, header and rule left out."""
+    marks = [mark for mark in (f"## {heading}\n", f"<summary>{heading}</summary>\n") if mark in text]
+    lines = text.split(marks[0])[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def set_option(folder: Path, **options: object) -> None:
+    """Change options in the args.yaml of a run."""
+    known = yaml.safe_load((folder / "args.yaml").read_text())
+    (folder / "args.yaml").write_text(yaml.safe_dump(known | options))
+
+
+def drop_rows(folder: Path, keep: int) -> None:
+    """Cut metrics.csv after so many rows."""
+    lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    (folder / "metrics.csv").write_text("".join(lines[: keep + 1]))
+
+
+def check_refused(tmp_path: Path, capsys, words: list[str], *parts: str) -> None:
+    """See that a command ends with exit code 2 and one line that holds these parts, and writes nothing."""
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    for part in parts:
+        assert part in printed.err
+    assert not (tmp_path / "out").exists()

@@ -1,11 +1,22 @@
-"""The report in words and as a page: the verdict first, nothing fetched, nothing from the runs taken for markup."""
+"""The report in Markdown and as a page: verdict first, details folded, nothing fetched, no text taken for markup."""
 
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
-from compare.folders import BASELINE, KD_OFF, TEACHER, TREATED, command, report_of, spoil_summary, write_runs
+from compare.folders import (
+    BASELINE,
+    KD_OFF,
+    TEACHER,
+    TREATED,
+    check_refused,
+    command,
+    report_of,
+    result_of,
+    spoil_summary,
+    write_runs,
+)
 
 from w2s.compare.__main__ import main
 
@@ -48,7 +59,17 @@ def test_the_verdict_stands_first_in_both(out):
     assert markdown.split("\n\n")[1].startswith(f"**{words}")
     assert Page(page).texts["verdict"].startswith(words)
     assert "not shown to differ from 1; p 0.25" in markdown
-    assert page.index('class="verdict"') < page.index("<table")
+
+
+def test_the_curves_one_table_and_the_final_metric_follow_and_the_rest_is_folded(out):
+    for name, parts in (
+        ("report.md", ("![curves](curves.png)", "| top1 >= tau", "## Final top1")),
+        ("report.html", ('id="plot"', "<th>top1 &gt;= tau", "<h2>Final top1")),
+    ):
+        text = (out / name).read_text()
+        places = [text.index(part) for part in ("treated reaches", *parts, "<details>", "<summary>first@60")]
+        assert places == sorted(places)
+        assert text.count("<details>") == text.count("</details>") == 5
 
 
 def test_the_page_fetches_nothing_and_takes_no_text_for_markup(out):
@@ -90,6 +111,16 @@ def test_the_verdict_of_runs_that_reach_nothing(tmp_path):
     assert "2 better" in said
 
 
+def test_the_verdict_does_not_call_equal_medians_earlier(tmp_path):
+    base = write_runs(tmp_path, "base", [[60, 61]])
+    treated = write_runs(tmp_path, "w2s", [[61, 61]])
+    assert main(command(base, treated, tmp_path / "out")) == 0
+    said = report_of(tmp_path).split("\n\n")[1]
+    assert said.startswith("**treated and baseline both reach top1 >= 60 at epoch 1, neither of them earlier (medians")
+    assert "instead of" not in said
+    assert "final top1 the same on average" in said
+
+
 def test_many_arms_have_a_line_each_and_the_first_has_the_sentence(tmp_path):
     curves = {
         "alone": [[50, 55, 60], [51, 56, 61]],
@@ -108,3 +139,37 @@ def test_many_arms_have_a_line_each_and_the_first_has_the_sentence(tmp_path):
     assert list(rows)[2:] == ["alone", "taught", "false"]
     assert [rows[arm][:2] for arm in curves] == [["60.5", ""], ["66.5", "6"], ["44", "-16.5"]]
     assert [rows[arm][4:6] for arm in curves] == [["3", ""], ["2", "1.50x"], ["> 3", "n/a"]]
+
+
+def test_target_overrides_and_the_report_says_so(tmp_path, arms):
+    result = result_of(tmp_path, *arms, "--target", "62.0", "60", "60.0")
+    assert list(result["targets"]) == ["60", "62"]
+    assert result["targets"]["62"]["baseline"]["epoch"]["runs"] == [4, 5, 4]
+    titles = re.findall("<summary>(first@.*)</summary>", report_of(tmp_path))
+    assert titles == ["first@60", "first@62 (not among the targets of every run)"]
+
+
+def test_the_report_states_rule_and_conditions(tmp_path, arms):
+    result_of(tmp_path, *arms)
+    report = report_of(tmp_path)
+    for text in (
+        "first evaluation with top1 >= tau",
+        "- baseline: 3 runs, seeds 0, 1, 2\n",
+        "- Grid: 5 evaluations a run; step, and so resolution: 1 epochs\n",
+        "- Hardware and software: torch 2.11.0, device cpu, 2 cores, processes 1\n",
+        "- w2s-1: teacher resnet10t, 4922416 parameters, top1 68.25 on the switch split and 67.5 on the reporting "
+        "split; 10.0% of train seconds; switched off at epoch 2 (surpass); an update with the teacher took 1.11x of "
+        "one without\n",
+    ):
+        assert text in report
+    assert report.count("switched off") == 3
+
+
+def test_the_report_names_hardware_that_differs_and_a_teacher_that_stays(tmp_path, capsys):
+    base = write_runs(tmp_path, "base", [[50, 60]], environment={"device": "H200"})
+    treated = write_runs(tmp_path, "w2s", [[60, 60]], teacher=TEACHER, environment=None)
+    check_refused(tmp_path, capsys, command(base, treated, tmp_path / "out"), "device: 'H200' in ", "None in ")
+    result_of(tmp_path, base, treated, "--allow", "device")
+    report = report_of(tmp_path)
+    assert "- Hardware and software, not the same for all runs: device H200; hardware not recorded\n" in report
+    assert "never switched off" in report

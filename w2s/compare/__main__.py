@@ -75,11 +75,10 @@ def find_arms(baseline: list[str], treated: list[str], named: list[str]) -> dict
         arms[name] = arms.get(name, []) + _expand(pattern, option=f"--arm {text}")
     if len(arms) < 2:
         raise ValueError("one arm alone: give --arm NAME=GLOB again for the arm to compare with")
-    seen = set()
-    for folder in (folder.resolve() for group in arms.values() for folder in group):
-        if folder in seen:
+    resolved = [folder.resolve() for group in arms.values() for folder in group]
+    for folder in resolved:
+        if resolved.count(folder) > 1:
             raise ValueError(f"{folder} is given twice")
-        seen.add(folder)
     return arms
 
 

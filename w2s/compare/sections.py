@@ -54,12 +54,12 @@ def sections(result: dict, arms: dict[str, list[RunFolder]], command: str) -> li
     """
     metric = result["metric"]
     many = len(arms) > 2
-    shown = [
+    unfolded = [
         Section("Speedup", [headline_table(result, arms), _headline_note(result, arms)], folded=False),
         Section("All arms" if many else f"Final {metric}", [_arms_table(result, arms, targets=many)], folded=False),
     ]
     if "strength" in result:
-        shown.append(Section("Speedup against the teacher's strength", [_strength_table(result)], folded=False))
+        unfolded.append(Section("Speedup against the teacher's strength", [_strength_table(result)], folded=False))
     runs = [run for group in arms.values() for run in group]
     folded = []
     for target, entry in result["targets"].items():
@@ -72,7 +72,7 @@ def sections(result: dict, arms: dict[str, list[RunFolder]], command: str) -> li
         Section("Conditions", [_rule(result), _condition_facts(result, arms)], folded=True),
         Section("Settings and commands", _settings_parts(arms, command), folded=True),
     ]
-    return shown + folded
+    return unfolded + folded
 
 
 def headline_table(result: dict, arms: dict[str, list[RunFolder]]) -> Table:

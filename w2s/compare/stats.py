@@ -12,6 +12,7 @@ from statistics import median
 
 import numpy as np
 
+LEVEL = 0.95  # the coverage of intervals
 BOOTSTRAP_FROM = 8  # pairs; resamples of fewer values are mostly repetitions, and Student's t covers better
 RESAMPLES = 10_000
 EXACT_UP_TO = 16  # pairs: 65,536 ways to flip the signs
@@ -41,8 +42,8 @@ def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def interval(differences: list[float], level: float = 0.95, seed: int = 0) -> dict | None:
-    """A two-sided confidence interval for the mean of paired differences.
+def interval(differences: list[float], seed: int = 0) -> dict | None:
+    """A two-sided 95 % confidence interval for the mean of paired differences.
 
     From `BOOTSTRAP_FROM` pairs on this is the paired bootstrap-t (Efron and Tibshirani 1993, section 12.5): pairs are
     drawn with replacement and the mean of each resample is studentised, so that skewed differences get an asymmetric
@@ -51,7 +52,6 @@ def interval(differences: list[float], level: float = 0.95, seed: int = 0) -> di
 
     Args:
         differences: one number per pair.
-        level: the coverage.
         seed: of the resampling.
 
     Returns:
@@ -66,14 +66,14 @@ def interval(differences: list[float], level: float = 0.95, seed: int = 0) -> di
     if not standard_error > 1e-12 * max(1.0, abs(mean)):
         return None
     if n < BOOTSTRAP_FROM:
-        quantile = stats.t.ppf((1 + level) / 2, n - 1)
+        quantile = stats.t.ppf((1 + LEVEL) / 2, n - 1)
         low, high, method = mean - quantile * standard_error, mean + quantile * standard_error, "t"
     else:
         resamples = values[np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))]
         errors = resamples.std(axis=1, ddof=1) / math.sqrt(n)
         usable = errors > 1e-12  # a resample of one pair repeated has no scale to studentise by
         studentised = np.sort((resamples.mean(axis=1)[usable] - mean) / errors[usable])
-        lower, upper = np.quantile(studentised, [(1 - level) / 2, (1 + level) / 2])
+        lower, upper = np.quantile(studentised, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         low, high, method = mean - upper * standard_error, mean - lower * standard_error, "bootstrap-t"
     return {"low": float(low), "high": float(high), "method": method}
 

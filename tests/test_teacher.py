@@ -1,27 +1,17 @@
-"""The frozen teacher: every way to name one, the same pixels in its own normalisation, and that it really goes."""
+"""The frozen teacher: no gradients, always in eval mode, timed, and really gone when it is released."""
 
 import gc
 import time
 import weakref
 from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import refused
-from safetensors.torch import save_file
 from torch import nn
 
-from train_cls import build_parser, resolve, set_up_teacher
-from w2s.images.models import create_model, export
-from w2s.images.teacher import ImageTeacher, load_teacher
-
-TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}  # of a resnet10t
-TINY_VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from w2s.teacher import Teacher
 
 
 @contextmanager
@@ -38,29 +28,20 @@ def accelerator():
         yield made
 
 
-def model_of(
-    seed: int = 0, size: int = 32, mean=(0.5,) * 3, std=(0.5,) * 3, in_chans: int = 3, num_classes: int = 10
-) -> nn.Module:
-    """A small resnet10t with weights and statistics that show in the logits."""
+def model_of(seed: int = 0) -> nn.Module:
+    """A small classifier whose logits differ between training and evaluation."""
     torch.manual_seed(seed)
-    model = create_model("resnet10t", num_classes, in_chans, model_kwargs=TINY)
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            if key.endswith("running_var"):
-                tensor.uniform_(0.5, 2)
-            elif tensor.is_floating_point():
-                tensor.add_(torch.randn_like(tensor), alpha=0.1)
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (in_chans, size, size), "mean": mean, "std": std}
-    return model
+    pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *pooled, nn.Linear(8, 10))
 
 
-def pixels(batch: int = 4, channels: int = 3, size: int = 32) -> torch.Tensor:
+def teacher_of(model: nn.Module, accelerator, **options: object) -> Teacher:
+    return Teacher(model, name="net", source="here", accelerator=accelerator, **options)
+
+
+def pixels(batch: int = 4) -> torch.Tensor:
     """Images in 0-1."""
-    return torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def normalised(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
-    return (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    return torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -68,201 +49,12 @@ def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return model.eval()(images)
 
 
-# --- finding one -----------------------------------------------------------------------------------------------------
-
-
-def load(spec: object, name: str | None = None, kwargs: dict | None = None, classes=10, channels=3, size=32):
-    return load_teacher(str(spec), name, kwargs or {}, classes, channels, size)
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory) -> Path:
-    """What a run leaves: a final and a best model, and the same final weights as files."""
-    folder = tmp_path_factory.mktemp("runs") / "weak"
-    final, best = model_of(seed=1), model_of(seed=2)
-    export(final, folder / "model")
-    export(best, folder / "best")
-    save_file(final.state_dict(), folder / "weights.safetensors")
-    torch.save({"state_dict": final.state_dict(), "arch": "resnet10t", "epoch": 9}, folder / "last.pth")
-    torch.save(final.state_dict(), folder / "plain.pt")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("spec", "named", "seed", "place"),
-    [
-        ("{}", False, 1, "model"),
-        ("{}/model", False, 1, "model"),
-        ("{}/best", False, 2, "best"),
-        ("local-dir:{}", False, 1, "model"),
-        ("local-dir:{}/best", False, 2, "best"),
-        ("{}/weights.safetensors", True, 1, "weights.safetensors"),
-        ("{}/last.pth", True, 1, "last.pth"),
-        ("{}/plain.pt", True, 1, "plain.pt"),
-    ],
-)
-def test_every_form_of_teacher_gives_its_model_and_where_it_comes_from(run_folder, spec, named, seed, place):
-    model, source = load(spec.format(run_folder), *(("resnet10t", TINY) if named else ()))
-    assert torch.equal(logits(model, pixels()), logits(model_of(seed=seed), pixels()))
-    assert source == str(run_folder / place)
-
-
-def test_a_folder_named_like_a_weights_file_is_a_folder(tmp_path):
-    export(model_of(seed=1), tmp_path / "run.pth" / "model")
-    assert load(tmp_path / "run.pth")[1] == str(tmp_path / "run.pth" / "model")
-
-
-def test_a_weights_file_without_its_architecture_is_refused(run_folder):
-    with refused("--teacher-model", "weights.safetensors"):
-        load(run_folder / "weights.safetensors")
-
-
-def test_an_architecture_beside_a_run_folder_is_refused(run_folder):
-    with refused("--teacher-model", str(run_folder)):
-        load(run_folder, "resnet10t")
-
-
-@pytest.mark.parametrize("spec", ["nowhere", "nowhere/run", "local-dir:nowhere", "resnet10x", "/nowhere/model"])
-def test_what_is_neither_a_folder_nor_a_model_is_refused(spec):
-    with refused(spec):
-        load(spec)
-
-
-def test_a_missing_weights_file_is_refused():
-    with refused("no weights file", "nowhere.pth"):
-        load("nowhere.pth", "resnet10t")
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    with refused(str(tmp_path), "no exported model"):
-        load(tmp_path)
-
-
-def test_an_unknown_architecture_is_refused(run_folder):
-    with refused("resnet10x"):
-        load(run_folder / "weights.safetensors", "resnet10x")
-
-
-@pytest.mark.parametrize("form", ["", "/weights.safetensors"])
-def test_a_teacher_of_other_classes_is_refused(run_folder, form):
-    with refused(str(run_folder)):
-        load(f"{run_folder}{form}", *(("resnet10t", TINY) if form else ()), classes=7)
-
-
-@pytest.mark.parametrize("form", ["", "/weights.safetensors", "/last.pth"])
-def test_a_teacher_says_how_many_classes_it_and_the_data_have(run_folder, form):
-    with refused("the teacher has 10 classes, the data 7", str(run_folder)):
-        load(f"{run_folder}{form}", *(("resnet10t", TINY) if form else ()), classes=7)
-
-
-@pytest.mark.parametrize("form", ["", "/weights.safetensors"])
-def test_a_teacher_of_other_channels_is_refused(run_folder, form):
-    with refused("3 channels", "student 1"):
-        load(f"{run_folder}{form}", *(("resnet10t", TINY) if form else ()), channels=1)
-
-
-@pytest.mark.parametrize(("classes", "channels", "words"), [(10, 3, "11 classes, the data 10"), (11, 1, "3 channels")])
-def test_a_transformers_weights_file_says_its_classes_and_channels(tmp_path, classes, channels, words):
-    save_file(
-        create_model("vit_tiny_patch16_224", 11, model_kwargs=TINY_VIT).state_dict(), tmp_path / "vit.safetensors"
-    )
-    with refused(words):
-        load(tmp_path / "vit.safetensors", "vit_tiny_patch16_224", TINY_VIT, classes, channels, size=224)
-
-
-@pytest.mark.parametrize("form", ["folder", "file"])
-def test_a_grey_teacher_fits_grey_images(tmp_path, form):
-    model = model_of(mean=(0.5,), std=(0.5,), in_chans=1)
-    export(model, tmp_path / "model")
-    if form == "folder":
-        found, _ = load(tmp_path, channels=1)
-    else:
-        found, _ = load(tmp_path / "model" / "model.safetensors", "resnet10t", TINY, channels=1)
-    assert torch.equal(logits(found, pixels(channels=1)), logits(model, pixels(channels=1)))
-
-
-@pytest.mark.parametrize(("name", "kwargs"), [("vit_tiny_patch16_224", TINY_VIT), ("resnet10t", TINY)])
-def test_a_bare_weights_file_is_given_the_students_pixels_as_they_are(tmp_path, accelerator, name, kwargs):
-    model = create_model(name, 10, img_size=32, model_kwargs=kwargs)
-    save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    words = f"--dataset digits --model resnet10t --teacher {tmp_path / 'weights.safetensors'} --teacher-model {name}"
-    args = build_parser().parse_recipe(words.split())
-    args.teacher_kwargs = kwargs
-    config, images = resolve(args), normalised(pixels(), (0.5,) * 3, (0.5,) * 3)
-    run, data = SimpleNamespace(accelerator=accelerator), SimpleNamespace(num_classes=10)
-    assert torch.equal(set_up_teacher(args, run, config, data)(images), logits(model, images))
-
-
-# --- the same pixels -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("student", "own"),
-    [
-        (((0.5,) * 3, (0.5,) * 3), IMAGENET),
-        (IMAGENET, ((0.0,) * 3, (1.0,) * 3)),
-        (((0.1, 0.9, 0.4), (0.3, 0.1, 1.0)), IMAGENET),
-        (IMAGENET, IMAGENET),
-    ],
-)
-def test_logits_are_those_of_the_teacher_on_its_own_normalisation(accelerator, student, own):
-    model = model_of(mean=own[0], std=own[1])
-    teacher = ImageTeacher(model, "here", accelerator, *student)
-    expected = logits(model, normalised(pixels(), *own))
-    torch.testing.assert_close(teacher(normalised(pixels(), *student)), expected, atol=1e-5, rtol=1e-5)
-    if student != own:
-        assert not torch.allclose(logits(model, normalised(pixels(), *student)), expected, atol=1e-2)
-
-
-def test_a_teacher_of_the_students_normalisation_and_size_gets_the_very_batch(accelerator):
-    model, images = model_of(), normalised(pixels(), (0.5,) * 3, (0.5,) * 3)
-    assert torch.equal(ImageTeacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(images), logits(model, images))
-
-
-def test_a_grey_student_uses_the_mean_of_a_teachers_colour_statistics(accelerator):
-    model = model_of(mean=IMAGENET[0], std=IMAGENET[1], in_chans=1)
-    own = (sum(IMAGENET[0]) / 3,), (sum(IMAGENET[1]) / 3,)
-    teacher = ImageTeacher(model, "here", accelerator, (0.5,), (0.5,))
-    images = pixels(channels=1)
-    expected = logits(model, normalised(images, *own))
-    torch.testing.assert_close(teacher(normalised(images, (0.5,), (0.5,))), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("size", [24, 48])
-def test_images_are_resized_to_the_size_of_the_teacher(accelerator, size):
-    model, images = model_of(size=size, mean=IMAGENET[0], std=IMAGENET[1]), pixels()
-    own = normalised(images, *IMAGENET)
-    expected = logits(model, F.interpolate(own, (size, size), mode="bicubic", antialias=True))
-    seen = []
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
-    given = ImageTeacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(normalised(images, (0.5,) * 3, (0.5,) * 3))
-    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
-    assert seen == [(4, 3, size, size)]
-
-
-def test_the_batch_of_the_student_is_left_as_it_was(accelerator):
-    teacher = ImageTeacher(
-        model_of(size=48, mean=IMAGENET[0], std=IMAGENET[1]), "here", accelerator, (0.5,) * 3, (0.5,) * 3
-    )
-    images = pixels()
-    teacher(images)
-    assert torch.equal(images, pixels())
-
-
-def test_a_teacher_in_channels_last_format_gives_the_same_logits(accelerator):
-    images = pixels()
-    expected = logits(model_of(), images)
-    teacher = ImageTeacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3, channels_last=True)
-    given = teacher(images.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
-
-
 # --- frozen ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def teacher(accelerator) -> ImageTeacher:
-    return ImageTeacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+def teacher(accelerator) -> Teacher:
+    return teacher_of(model_of(), accelerator)
 
 
 def test_a_teacher_gives_and_takes_no_gradient(teacher):
@@ -292,19 +84,17 @@ def test_a_teacher_stays_in_eval_mode_while_the_student_trains(teacher):
 
 def test_a_teacher_given_in_training_mode_is_put_in_eval_mode(accelerator):
     model, images = model_of().train(), pixels()
-    assert torch.equal(
-        ImageTeacher(model, "here", accelerator, (0.5,) * 3, (0.5,) * 3)(images), logits(model_of(), images)
-    )
+    assert torch.equal(teacher_of(model, accelerator)(images), logits(model_of(), images))
 
 
 def test_a_teacher_runs_in_the_precision_of_the_run():
     with fresh_accelerator(cpu=True, mixed_precision="bf16") as accelerator:
-        given = ImageTeacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)(pixels())
+        given = teacher_of(model_of(), accelerator)(pixels())
     assert given.dtype == torch.bfloat16
 
 
 def test_a_teacher_says_what_it_is(teacher):
-    assert (teacher.name, teacher.source) == ("resnet10t", "here")
+    assert (teacher.name, teacher.source) == ("net", "here")
     assert teacher.params == sum(p.numel() for p in model_of().parameters())
 
 
@@ -321,8 +111,6 @@ def test_calls_are_counted(teacher):
 class Slow(nn.Module):
     """A model that takes some time in those of its calls that are asked for."""
 
-    pretrained_cfg = {"architecture": "slow", "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}  # noqa: RUF012
-
     def __init__(self, seconds: float, calls: set[int]) -> None:
         super().__init__()
         self.seconds, self.slow_calls, self.count = seconds, calls, 0
@@ -334,13 +122,13 @@ class Slow(nn.Module):
         return images.mean((2, 3))
 
 
-def slow_teacher(accelerator, seconds: float, calls: set[int]) -> ImageTeacher:
-    return ImageTeacher(Slow(seconds, calls), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+def slow_teacher(accelerator, seconds: float, calls: set[int]) -> Teacher:
+    return teacher_of(Slow(seconds, calls), accelerator)
 
 
 @pytest.mark.parametrize("calls", [1, 10, 25])
 def test_seconds_are_extrapolated_from_every_tenth_call_to_all_of_them(accelerator, calls):
-    teacher = slow_teacher(accelerator, 0.02, set(range(0, 100, ImageTeacher.SAMPLE)))
+    teacher = slow_teacher(accelerator, 0.02, set(range(0, 100, Teacher.TIMING_INTERVAL)))
     for _ in range(calls):
         teacher(pixels(1))
     assert teacher.take_seconds() >= 0.02 * calls
@@ -395,7 +183,7 @@ def test_the_memory_of_a_released_model_is_freed(accelerator):
         return sum(t.numel() for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter))
 
     before = held()
-    teacher = ImageTeacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+    teacher = teacher_of(model_of(), accelerator)
     teacher(pixels())
     assert held() >= before + teacher.params
     teacher.release()
@@ -413,7 +201,7 @@ def test_a_released_teacher_still_says_what_it_was_and_took(teacher):
     teacher(pixels())
     teacher.release()
     assert teacher.take_seconds() > 0
-    assert (teacher.name, teacher.calls) == ("resnet10t", 1)
+    assert (teacher.name, teacher.calls) == ("net", 1)
 
 
 @pytest.mark.gpu
@@ -421,7 +209,7 @@ def test_a_released_teacher_still_says_what_it_was_and_took(teacher):
 def test_on_a_gpu_the_teacher_is_timed_by_the_device_and_its_memory_returned():
     with fresh_accelerator() as accelerator:
         empty = torch.cuda.memory_allocated()
-        teacher = ImageTeacher(model_of(), "here", accelerator, (0.5,) * 3, (0.5,) * 3)
+        teacher = teacher_of(model_of(), accelerator)
         teacher(pixels().cuda())
         torch.cuda.synchronize()
         assert teacher.take_seconds() > 0
@@ -430,3 +218,12 @@ def test_on_a_gpu_the_teacher_is_timed_by_the_device_and_its_memory_returned():
         teacher.release()
         assert torch.cuda.memory_allocated() <= held - weights
         assert empty <= held - weights
+
+
+# --- another example's outputs ---------------------------------------------------------------------------------------
+
+
+def test_shuffled_outputs_are_those_of_the_examples_that_the_permutation_names(teacher):
+    expected = teacher(pixels())
+    given = teacher.shuffled(lambda count: torch.arange(count).roll(1), pixels())
+    assert torch.equal(given, expected.roll(1, 0))

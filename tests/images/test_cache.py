@@ -1,7 +1,6 @@
 """Images kept on a device: the pixels of the loader's path, its order, and augmentation of the same distribution."""
 
 import math
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,63 +8,68 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from accelerate import PartialState
+from images import pictures
+from images.pictures import Pictures, evaluate, process, serve
 from PIL import Image
-from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset
 
-from train_cls import build_parser, resolve
 from w2s.engine.errors import InputError
 from w2s.engine.loading import EpochBatches
-from w2s.images.cache import CachedSplit, cache_split, resolve_cache
+from w2s.images.augmentation import (
+    cache_obstacle,
+    cached_crop_and_flip,
+    cached_transform,
+    classification_transform,
+    eval_transform,
+)
+from w2s.images.cache import CachedSplit, cache_device, cache_split, resolve_cache
 from w2s.images.data import load_data
-from w2s.images.loading import ImageSplit, eval_loader, eval_transform, train_batches, train_transform
-
-CPU = torch.device("cpu")
-
-
-class Pictures(Dataset):
-    """Real PIL images made from a seed, of another shape than the one they are trained in."""
-
-    def __init__(self, length: int, size: tuple[int, int], channels: int = 3) -> None:
-        shape = (length, *size, 3) if channels == 3 else (length, *size)
-        self.pixels = np.random.default_rng(7).integers(0, 256, shape, dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]), index
+from w2s.images.datasets import image_mode
+from w2s.images.loading import ImageSplit
 
 
 def options(**changes: object):
     """(args, data config) of the script at 16 px."""
-    args = build_parser().parse_recipe(["--model", "resnet10t"])
-    still = {
-        "color_jitter": 0.0,
-        "hflip": 0.5,
-        "workers": 0,
-        "batch_size": 8,
-        "mean": [0.4, 0.5, 0.6],
-        "std": [0.2] * 3,
-    }
-    vars(args).update({"img_size": 16, **still, **changes})
-    return args, resolve(args)
+    still = {"img_size": 16, "color_jitter": 0.0, "hflip": 0.5, "mean": [0.4, 0.5, 0.6], "std": [0.2] * 3}
+    return pictures.options(**still | changes)
 
 
 def both(length: int = 24, size: tuple[int, int] = (16, 16), training: bool = True, **changes: object):
     """The same images behind the loader's path and in the cache; (args, split, cached)."""
     args, config = options(**changes)
-    mode = "RGB" if args.in_chans == 3 else "L"
-    transform = train_transform(args, config) if training else eval_transform(config)
-    split = ImageSplit(
-        Pictures(length, size, args.in_chans), np.arange(length), transform, mode, 0 if training else None
+    images, rows, mode = Pictures(length, size, args.in_chans), np.arange(length), image_mode(args.in_chans)
+    if training:
+        split = ImageSplit(images, rows, mode=mode, transform=classification_transform(args, config), seed=0)
+    else:
+        split = ImageSplit(images, rows, mode=mode, transform=eval_transform(config))
+    return args, split, cached(images, args, config, training=training)
+
+
+def cached(images: Dataset, args, config: dict, training: bool = True, device: str = "cpu") -> CachedSplit:
+    """All images as a run with these options keeps them."""
+    return cache_split(
+        images,
+        np.arange(len(images)),
+        mode=image_mode(args.in_chans),
+        transform=cached_transform(args, config) if training else eval_transform(config, as_uint8=True),
+        data_config=config,
+        device=torch.device(device),
+        channels_last=args.channels_last,
+        **(cached_crop_and_flip(args) if training else {}),
     )
-    return args, split, cache_split(split, args, config, CPU, training)
 
 
-def process(rank: int = 0, world: int = 1) -> SimpleNamespace:
-    """What the loaders ask of an accelerator."""
-    return SimpleNamespace(process_index=rank, num_processes=world, device=CPU)
+def resolved(images: int, **changes: object) -> str:
+    """What --cache means for so many training images."""
+    args, config = options(**changes)
+    return resolve_cache(
+        args.cache,
+        obstacle=cache_obstacle(args),
+        images=images,
+        input_size=config["input_size"],
+        pad=args.pad_crop or 0,
+        accelerator=PartialState(),
+    )
 
 
 def first(batches, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,122 +78,88 @@ def first(batches, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(images), torch.cat(targets)
 
 
+# (x / 255 - mean) / std in float32, where another way through the batch may round the last bit another way
+ROUNDING = {"atol": 1e-6, "rtol": 1e-6}
 GREY = {"in_chans": 1, "mean": [0.3], "std": [0.25]}
 
 
 @pytest.mark.parametrize("changes", [{}, GREY, {"train_interpolation": "nearest"}], ids=["rgb", "grey", "nearest"])
 @pytest.mark.parametrize("size", [(16, 16), (20, 28)])
 def test_without_augmentation_pixels_and_order_are_those_of_the_loader(changes, size):
-    args, split, cached = both(size=size, no_aug=True, **changes)
-    (mine, mine_of), (theirs, theirs_of) = (
-        first(train_batches(part, args, process(), 0, 3), 6) for part in (cached, split)
-    )
-    assert torch.equal(mine_of, theirs_of) and torch.equal(mine, theirs)
+    args, split, kept = both(size=size, no_aug=True, **changes)
+    images, targets = first(serve(kept, args, batches_per_epoch=3), 6)
+    expected, expected_targets = first(serve(split, args, batches_per_epoch=3), 6)
+    assert torch.equal(targets, expected_targets)
+    torch.testing.assert_close(images, expected, **ROUNDING)
 
 
 @pytest.mark.parametrize("changes", [{}, GREY, {"crop_pct": 0.8}, {"interpolation": "nearest"}], ids=str)
 @pytest.mark.parametrize("size", [(16, 16), (20, 28)])
 def test_evaluation_pixels_are_those_of_the_loader(changes, size):
-    args, split, cached = both(size=size, training=False, **changes)
-    mine, theirs = (first(iter(eval_loader(part, args, process())), 3) for part in (cached, split))
-    assert all(map(torch.equal, mine, theirs))
+    args, split, kept = both(size=size, training=False, **changes)
+    images, targets = first(iter(evaluate(kept, args)), 3)
+    expected, expected_targets = first(iter(evaluate(split, args)), 3)
+    assert torch.equal(targets, expected_targets)
+    torch.testing.assert_close(images, expected, **ROUNDING)
 
 
 def test_evaluation_serves_each_image_once_over_all_processes():
-    args, _, cached = both(length=23, training=False)
-    served = [targets for rank in range(3) for _, targets in eval_loader(cached, args, process(rank, 3))]
+    args, _, kept = both(length=23, training=False)
+    served = [targets for rank in range(3) for _, targets in evaluate(kept, args, process(rank, 3))]
     assert sorted(torch.cat(served).tolist()) == list(range(23))
 
 
 def test_crops_and_flips_are_those_of_torchvision_at_the_drawn_places():
-    args, split, cached = both(size=(16, 16), pad_crop=3, vflip=0.5)
-    (images, targets), draws = first(train_batches(cached, args, process(), 0, 3), 3), cached._draws(0, 0)
+    args, split, kept = both(size=(16, 16), pad_crop=3, vflip=0.5)
+    images, targets = first(serve(kept, args, batches_per_epoch=3), 3)
+    shifts, flips = kept._draw_augmentation(0, 0)
     for image, index in zip(images, targets.tolist(), strict=True):
-        (top, left), (vertical, horizontal) = draws["shift"][index].tolist(), draws["flip"][index].tolist()
-        expected = TF.crop(TF.pad(split.source[index][0], 3), top, left, 16, 16)
+        (top, left), (vertical, horizontal) = shifts[index].tolist(), flips[index].tolist()
+        expected = TF.crop(TF.pad(split.dataset[index][0], 3), top, left, 16, 16)
         expected = TF.vflip(expected) if vertical else expected
         expected = TF.hflip(expected) if horizontal else expected
-        assert torch.equal(image, TF.normalize(TF.to_tensor(expected), args.mean, args.std))
+        torch.testing.assert_close(image, TF.normalize(TF.to_tensor(expected), args.mean, args.std), **ROUNDING)
 
 
 def test_places_and_flips_are_distributed_as_torchvisions():
-    _, _, cached = both(length=4000, size=(16, 16), pad_crop=2, hflip=0.3, vflip=0.0)
-    draws = cached._draws(0, 0)
-    shifts = torch.bincount(draws["shift"][:, 0] * 5 + draws["shift"][:, 1], minlength=25)
-    chi_square = ((shifts - 160) ** 2 / 160).sum()
+    _, _, kept = both(length=4000, size=(16, 16), pad_crop=2, hflip=0.3, vflip=0.0)
+    shifts, flips = kept._draw_augmentation(0, 0)
+    counts = torch.bincount(shifts[:, 0] * 5 + shifts[:, 1], minlength=25)
+    chi_square = ((counts - 160) ** 2 / 160).sum()
     assert chi_square < 51  # 24 degrees of freedom, p = 0.001
-    assert draws["flip"][:, 1].float().mean() == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 4000))
-    assert not draws["flip"][:, 0].any()
-    assert not torch.equal(draws["shift"], cached._draws(0, 1)["shift"])  # another epoch
-    assert not torch.equal(draws["shift"], cached._draws(1, 0)["shift"])  # another seed
-
-
-def test_erased_rectangles_are_distributed_as_timms():
-    count, side = 4000, 16
-    _, _, cached = both(length=count, size=(side, side), pad_crop=0, reprob=0.4, remode="const")
-    top, bottom, left, right = cached._boxes(torch.rand(count, 41, generator=torch.Generator().manual_seed(0))).T
-    mine = torch.stack([bottom - top, right - left, top, left], 1)[(bottom - top) > 0].double()
-    random.seed(0)
-    erase = RandomErasing(0.4, mode="const", device="cpu")
-    theirs = []
-    for _ in range(count):
-        rows, columns = (erase(torch.ones(1, side, side))[0] == 0).nonzero(as_tuple=True)
-        if len(rows):
-            size = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
-            theirs.append([*map(int, size), int(rows.min()), int(columns.min())])
-    theirs = torch.tensor(theirs).double()
-    assert len(mine) == pytest.approx(len(theirs), abs=4 * math.sqrt(2 * count * 0.24))
-    error = torch.sqrt(mine.var(0) / len(mine) + theirs.var(0) / len(theirs))
-    assert ((mine.mean(0) - theirs.mean(0)).abs() < 4 * error).all()
-    areas = [torch.sort(boxes[:, 0] * boxes[:, 1]).values for boxes in (mine, theirs)]
-    at = torch.arange(1, side * side)
-    gap = max(abs((areas[0] <= a).double().mean() - (areas[1] <= a).double().mean()) for a in at)
-    assert gap < 1.95 * math.sqrt(1 / len(mine) + 1 / len(theirs))  # Kolmogorov-Smirnov, p = 0.001
-
-
-@pytest.mark.parametrize("remode", ["const", "rand", "pixel"])
-def test_what_is_erased_and_what_is_left(remode):
-    args, split, cached = both(size=(16, 16), pad_crop=0, hflip=0.0, reprob=1.0, remode=remode)
-    images, targets = first(train_batches(cached, args, process(), 0, 3), 3)
-    boxes = cached._draws(0, 0)["boxes"]
-    for image, index in zip(images, targets.tolist(), strict=True):
-        top, bottom, left, right = boxes[index].tolist()
-        inside = torch.zeros(16, 16, dtype=torch.bool)
-        inside[top:bottom, left:right] = True
-        whole = TF.normalize(TF.to_tensor(split.source[index][0]), args.mean, args.std)
-        assert inside.any() and torch.equal(image[:, ~inside], whole[:, ~inside])
-        erased = image[:, inside]
-        if remode == "const":
-            assert not erased.any()
-        elif remode == "rand":
-            assert (erased == erased[:, :1]).all() and len(erased[:, 0].unique()) == 3
-        else:
-            assert len(erased.unique()) == erased.numel()
+    assert flips[:, 1].float().mean() == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 4000))
+    assert not flips[:, 0].any()
+    assert not torch.equal(shifts, kept._draw_augmentation(0, 1)[0])  # another epoch
+    assert not torch.equal(shifts, kept._draw_augmentation(1, 0)[0])  # another seed
 
 
 def test_neither_processes_nor_the_place_of_the_start_change_a_pixel():
-    _, _, cached = both(length=40, pad_crop=2, reprob=0.5)
-    whole = [next(batch) for batch in [cached.train_batches(8, 5, 3, 0)] for _ in range(10)]
-    halves = [cached.train_batches(4, 5, 3, 0, rank, 2) for rank in range(2)]
+    _, _, kept = both(length=40, pad_crop=2)
+    run = {"batches_per_epoch": 5, "seed": 3}
+    batches = kept.train_batches(batch_size=8, start=0, **run)
+    whole = [next(batches) for _ in range(10)]
+    halves = [kept.train_batches(batch_size=4, start=0, rank=rank, world=2, **run) for rank in range(2)]
     for images, targets in whole:
         parts = [next(half) for half in halves]
-        assert torch.equal(torch.cat([part[0] for part in parts]), images)
+        torch.testing.assert_close(torch.cat([part[0] for part in parts]), images, **ROUNDING)
         assert torch.equal(torch.cat([part[1] for part in parts]), targets)
-    images, targets = next(cached.train_batches(8, 5, 3, 7))
+    images, targets = next(kept.train_batches(batch_size=8, start=7, **run))
     assert torch.equal(images, whole[7][0]) and torch.equal(targets, whole[7][1])
 
 
 def test_the_order_is_that_of_the_loaders_sampler():
-    args, _, cached = both(length=40, pad_crop=2)
-    sampler = iter(EpochBatches(40, 8, 5, args.seed))
-    for _, targets in (next(b) for b in [train_batches(cached, args, process(), 0, 5)] for _ in range(10)):
+    args, _, kept = both(length=40, pad_crop=2)
+    sampler = iter(EpochBatches(40, 8, 5, seed=args.seed))
+    batches = serve(kept, args)
+    for _ in range(10):
+        _, targets = next(batches)
         assert targets.tolist() == [position for _, position in next(sampler)]
 
 
 def test_batches_come_in_the_memory_format_asked_for():
     for channels_last in (False, True):
-        args, _, cached = both(pad_crop=2, reprob=0.5, channels_last=channels_last)
-        images = next(train_batches(cached, args, process(), 0, 3))[0]
+        args, _, kept = both(pad_crop=2, channels_last=channels_last)
+        images = next(serve(kept, args))[0]
         wanted = torch.channels_last if channels_last else torch.contiguous_format
         assert images.is_contiguous(memory_format=wanted)
 
@@ -200,35 +170,37 @@ def test_batches_come_in_the_memory_format_asked_for():
         ({}, "random resized"),
         ({"pad_crop": 2, "aa": "rand-m9"}, "--aa"),
         ({"pad_crop": 2, "color_jitter": 0.4}, "jitter"),
+        ({"pad_crop": 2, "reprob": 0.5}, "--reprob"),
     ],
-    ids=["rrc", "aa", "jitter"],
+    ids=["rrc", "aa", "jitter", "erasing"],
 )
 def test_what_it_cannot_do_is_refused_and_left_to_the_loader_by_auto(changes, word):
-    args, config = options(**changes)
-    assert resolve_cache(args, 100, config, PartialState()) == "none"
-    args.cache = "device"
+    assert resolved(100, **changes) == "none"
     with pytest.raises(InputError, match=word) as caught:
-        resolve_cache(args, 100, config, PartialState())
+        resolved(100, cache="device", **changes)
     assert "--cache none" in str(caught.value)
 
 
 def test_auto_takes_what_fits():
-    args, config = options(pad_crop=2)
-    assert resolve_cache(args, 100, config, PartialState()) == "device"
-    assert resolve_cache(args, 10**12, config, PartialState()) == "none"
-    args.cache = "none"
-    assert resolve_cache(args, 100, config, PartialState()) == "none"
+    assert resolved(100, pad_crop=2) == "device"
+    assert resolved(10**12, pad_crop=2) == "none"
+    assert resolved(100, pad_crop=2, cache="none") == "none"
+
+
+def test_the_images_are_kept_where_the_choice_says():
+    accelerator = SimpleNamespace(device=torch.device("cuda"))
+    devices = [cache_device(cache, accelerator) for cache in ("device", "cpu", "none")]
+    assert devices == [torch.device("cuda"), torch.device("cpu"), None]
 
 
 def test_the_choice_is_written_down_and_the_data_are_those_of_the_loader():
     args, config = options(dataset="digits", in_chans=1, mean=[0.5], std=[0.5], pad_crop=2)
     args.val_split = "test"
-    data = load_data(args, config, None, PartialState())
-    assert args.cache == "device" and all(isinstance(p, CachedSplit) for p in (data.train, data.switch, data.report))
-    args.cache = "none"
-    loaded = load_data(args, config, None, PartialState())
-    mine, theirs = (torch.cat([t for _, t in eval_loader(d.switch, args, process())]) for d in (data, loaded))
-    assert torch.equal(mine, theirs) and len(data.train) == len(loaded.train)
+    data = load_data(args, config, PartialState(), cache="auto")
+    assert data.cache == "device" and all(isinstance(p, CachedSplit) for p in (data.train, data.switch, data.report))
+    loaded = load_data(args, config, PartialState(), cache="none")
+    targets, expected = (torch.cat([t for _, t in evaluate(part.switch, args)]) for part in (data, loaded))
+    assert torch.equal(targets, expected) and len(data.train) == len(loaded.train)
 
 
 def test_a_corrupt_image_is_named(tmp_path):
@@ -240,18 +212,16 @@ def test_a_corrupt_image_is_named(tmp_path):
     (tmp_path / "train" / "b" / "1.png").write_bytes(b"no image")
     args, config = options(data_dir=str(tmp_path), pad_crop=2, switch_split="0")
     with pytest.raises(InputError, match=r"1\.png"):
-        load_data(args, config, None, PartialState())
+        load_data(args, config, PartialState(), cache="auto")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_device_serves_the_pixels_of_the_cpu():
-    args, config = options(pad_crop=2, reprob=0.5, remode="const")
-    split = ImageSplit(Pictures(24, (16, 16)), np.arange(24), None, "RGB", 0)
-    here, there = (
-        cache_split(split, args, config, torch.device(device), True).train_batches(8, 3, 0, 0)
-        for device in ("cpu", "cuda")
-    )
-    for (images, targets), (other, other_targets) in zip((next(here) for _ in range(6)), there, strict=False):
+    args, config = options(pad_crop=2)
+    run = {"batch_size": 8, "batches_per_epoch": 3, "seed": 0, "start": 0}
+    here, there = (cached(Pictures(24, (16, 16)), args, config, device=d).train_batches(**run) for d in ("cpu", "cuda"))
+    for _ in range(6):
+        (images, targets), (other, other_targets) = next(here), next(there)
         assert torch.equal(targets, other_targets.cpu())
         torch.testing.assert_close(images, other.cpu())

@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 from accelerate import PartialState
 from helpers import refused
+from images.pictures import hf_folder, picture, picture_folder
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from train_cls import build_parser, resolve
-from w2s.images.data import balanced, load_data, split_training, targets_of
-from w2s.images.digits import Digits
-
-IMBALANCED = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [3, 40, 100, 57]))
+from w2s.images.data import load_data
 
 
 def load(dataset: str = "digits", data_dir: Path | None = None, **changes: object):
@@ -24,7 +21,7 @@ def load(dataset: str = "digits", data_dir: Path | None = None, **changes: objec
     given = {"dataset": dataset, "data_dir": data_dir and str(data_dir), "img_size": 32, "workers": 0}
     vars(args).update(given | changes)
     config = resolve(args)
-    return load_data(args, config, args.num_classes, PartialState())
+    return load_data(args, config, PartialState(), cache=args.cache)
 
 
 def targets_in(split) -> list[int]:
@@ -34,46 +31,8 @@ def targets_in(split) -> list[int]:
 # --- digits ----------------------------------------------------------------------------------------------------------
 
 
-def test_digits_are_1200_images_to_train_on_and_597_to_test():
-    assert (len(Digits("train")), len(Digits("test"))) == (1200, 597)
-
-
-def test_both_parts_of_digits_are_scikit_learns_images_with_their_labels_each_once():
-    real = load_digits()
-    pixels = np.round(real.images * 255 / 16).astype(np.uint8)
-    expected = sorted((image.tobytes(), int(label)) for image, label in zip(pixels, real.target, strict=True))
-    parts = [Digits(split) for split in ("train", "test")]
-    found = sorted((np.asarray(part[i][0]).tobytes(), part[i][1]) for part in parts for i in range(len(part)))
-    assert found == expected
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_digits_are_stratified(split):
-    shares = np.bincount(Digits(split).targets) / len(Digits(split))
-    np.testing.assert_allclose(shares, np.bincount(load_digits().target) / 1797, atol=0.002)
-
-
-def test_digits_are_the_same_every_time():
-    np.random.seed(1)
-    first = Digits("test")
-    np.random.seed(2)
-    second = Digits("test")
-    assert np.array_equal(first.images, second.images) and np.array_equal(first.targets, second.targets)
-
-
-def test_digits_are_8_by_8_grey_images_over_the_whole_range():
-    image, label = Digits("train")[0]
-    assert (image.mode, image.size) == ("L", (8, 8)) and isinstance(label, int)
-    assert (Digits("train").images.min(), Digits("train").images.max()) == (0, 255)
-
-
 def test_digits_may_be_trained_on_as_the_grey_images_they_are():
     assert load(in_chans=1, check_images=0).report.__getitems__([(0, 0)])[0][0].shape == (1, 32, 32)
-
-
-def test_another_split_of_digits_is_refused():
-    with refused("train and test", "'validation'"):
-        Digits("validation")
 
 
 def test_digits_come_ready_for_a_run():
@@ -87,7 +46,7 @@ def test_digits_come_ready_for_a_run():
 
 
 def switch_of(**changes: object) -> list[int]:
-    return load(switch_split="0.1", check_images=0, **changes).switch.indices.tolist()
+    return load(switch_split="0.1", check_images=0, **changes).switch.rows.tolist()
 
 
 @pytest.mark.parametrize("changes", [{"seed": 7}, {"train_samples": 100}, {"seed": 3, "train_samples": 500}])
@@ -102,25 +61,11 @@ def test_the_switch_split_differs_by_switch_seed():
 @pytest.mark.parametrize("samples", [None, 10, 11, 60, 500, 1079, 1080])
 def test_nothing_of_the_switch_split_is_trained_on(samples):
     data = load(switch_split="0.1", train_samples=samples, check_images=0)
-    assert not set(data.train.indices) & set(data.switch.indices)
-    assert len(set(data.train.indices)) == len(data.train) == (samples or 1080)
+    assert not set(data.train.rows) & set(data.switch.rows)
+    assert len(set(data.train.rows)) == len(data.train) == (samples or 1080)
 
 
-@pytest.mark.parametrize("fraction", [0.001, 0.02, 0.1, 0.5])
-def test_the_switch_split_holds_the_same_share_of_each_class_and_at_least_one_image(fraction):
-    _, switch = split_training(IMBALANCED, 4, fraction, None, 0)
-    expected = np.maximum(np.bincount(IMBALANCED) * fraction, 1)
-    assert (np.abs(np.bincount(IMBALANCED[switch], minlength=4) - expected) <= 0.5).all()
-
-
-def test_what_is_not_held_out_is_trained_on():
-    train, switch = split_training(IMBALANCED, 4, 0.1, None, 0)
-    assert sorted([*train, *switch]) == list(range(200))
-
-
-def test_a_switch_split_of_zero_holds_nothing_out():
-    train, switch = split_training(IMBALANCED, 4, 0.0, None, 0)
-    assert len(switch) == 0 and len(train) == 200
+def test_nothing_is_held_out_for_a_switch_split_of_zero():
     assert load(switch_split="0", check_images=0).switch is None
 
 
@@ -141,38 +86,23 @@ def test_a_negative_switch_seed_is_refused():
         load(switch_seed=-1, check_images=0)
 
 
-def test_a_class_whose_only_image_would_be_held_out_is_refused():
-    with refused("class 1", "switch split"):
-        split_training(np.array([0, 0, 0, 1]), 2, 0.1, None, 0)
-
-
-def test_a_class_with_no_image_is_refused():
-    with refused("class 2", "no image"):
-        split_training(np.array([0, 0, 1, 1, 3, 3]), 4, 0.1, None, 0)
-
-
 # --- a smaller training set ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("samples", "counts"), [(100, {10}), (105, {10, 11}), (10, {1})])
 def test_a_subset_is_balanced(samples, counts):
     data = load(train_samples=samples, check_images=0)
-    per_class = np.bincount(data.train.source.targets[data.train.indices], minlength=10)
+    per_class = np.bincount(data.train.dataset.targets[data.train.rows], minlength=10)
     assert per_class.sum() == samples and set(per_class) == counts
 
 
-def test_small_classes_are_used_up_before_others_fill_in():
-    train, _ = split_training(IMBALANCED, 4, 0.02, 130, 0)
-    assert np.bincount(IMBALANCED[train]).tolist() == [2, 39, 45, 44]
-
-
 def test_a_subset_is_the_same_in_every_run():
-    first, again, other = (load(train_samples=100, check_images=0, seed=seed).train.indices for seed in (0, 0, 5))
+    first, again, other = (load(train_samples=100, check_images=0, seed=seed).train.rows for seed in (0, 0, 5))
     assert np.array_equal(first, again) and np.array_equal(first, other)
 
 
 def test_a_subset_is_drawn_not_cut_from_the_front():
-    indices = load(train_samples=100, check_images=0).train.indices
+    indices = load(train_samples=100, check_images=0).train.rows
     assert indices.max() > 600
 
 
@@ -182,67 +112,47 @@ def test_an_impossible_subset_is_refused(samples):
         load(train_samples=samples, check_images=0)
 
 
-def test_balanced_takes_so_many_of_each_class_in_order():
-    rows = balanced(IMBALANCED, np.array([1, 2, 3, 0]), seed=0)
-    assert np.bincount(IMBALANCED[rows], minlength=4).tolist() == [1, 2, 3, 0]
-    assert rows.tolist() == sorted(set(rows.tolist()))
-
-
 # --- image folders ---------------------------------------------------------------------------------------------------
 
 
-def picture(number: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-
-
-def image_folder(root: Path, **splits: dict[str, int]) -> Path:
-    """root/SPLIT/CLASS/N.png with so many images a class."""
-    for split, classes in splits.items():
-        for name, count in classes.items():
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                picture(i).save(root / split / name / f"{name}{i}.png")
-    return root
-
-
 def test_an_image_folder_is_read_with_its_classes_in_order(tmp_path):
-    data = load("", image_folder(tmp_path, train={"cat": 4, "ant": 3, "bee": 5}, val={"cat": 2, "ant": 1, "bee": 1}))
+    data = load("", picture_folder(tmp_path, train={"cat": 4, "ant": 3, "bee": 5}, val={"cat": 2, "ant": 1, "bee": 1}))
     assert data.sizes == {"train": 9, "switch": 3, "report": 4} and data.num_classes == 3
     assert targets_in(data.report) == [0, 1, 2, 2]
 
 
 def test_a_class_that_the_reporting_split_lacks_is_refused(tmp_path):
-    root = image_folder(tmp_path, train={"ant": 3, "bee": 3, "cat": 3}, val={"ant": 1, "bee": 0, "cat": 2})
+    root = picture_folder(tmp_path, train={"ant": 3, "bee": 3, "cat": 3}, val={"ant": 1, "bee": 0, "cat": 2})
     with refused("class 'bee'", "split 'validation'", "no image"):
         load("", root)
 
 
 def test_a_class_folder_without_images_in_training_is_the_cause_that_is_named(tmp_path):
-    root = image_folder(tmp_path, train={"ant": 3, "bee": 0, "cat": 3}, val={"ant": 1, "bee": 1, "cat": 2})
+    root = picture_folder(tmp_path, train={"ant": 3, "bee": 0, "cat": 3}, val={"ant": 1, "bee": 1, "cat": 2})
     with refused("class 'bee'", "split 'train'", "no image"):
         load("", root)
 
 
 def test_a_class_that_only_the_reporting_split_has_is_refused(tmp_path):
-    root = image_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "wasp": 1})
+    root = picture_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "wasp": 1})
     with refused("'wasp'", "'validation'"):
         load("", root)
 
 
 def test_more_classes_than_the_data_has_are_refused(tmp_path):
-    root = image_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
+    root = picture_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
     with refused("class 2", "no image"):
         load("", root, num_classes=4)
 
 
 def test_fewer_classes_than_the_data_has_are_refused(tmp_path):
-    root = image_folder(tmp_path, train={"ant": 3, "bee": 3, "cat": 3}, val={"ant": 1})
+    root = picture_folder(tmp_path, train={"ant": 3, "bee": 3, "cat": 3}, val={"ant": 1})
     with refused("label 2", "--num-classes"):
         load("", root, num_classes=2)
 
 
 def test_a_reporting_split_without_images_is_refused(tmp_path):
-    root = image_folder(tmp_path, train={"ant": 3, "bee": 3})
+    root = picture_folder(tmp_path, train={"ant": 3, "bee": 3})
     (root / "val" / "ant").mkdir(parents=True)
     with refused("'validation'", str(root)):
         load("", root)
@@ -252,19 +162,19 @@ def test_a_reporting_split_without_images_is_refused(tmp_path):
 def test_an_image_folder_without_one_of_its_splits_is_refused(tmp_path, missing):
     """timm reads the whole folder then, so one split would lie within the other."""
     there = {"train", "val"} - {missing}
-    root = image_folder(tmp_path, **{split: {"ant": 3, "bee": 3} for split in there})
+    root = picture_folder(tmp_path, **{split: {"ant": 3, "bee": 3} for split in there})
     with refused(str(root)):
         load("", root)
 
 
 def test_a_misspelt_split_of_an_image_folder_is_refused(tmp_path):
-    root = image_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
+    root = picture_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
     with refused("vall"):
         load("", root, val_split="vall")
 
 
 def test_the_same_split_for_training_and_reporting_is_refused(tmp_path):
-    root = image_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
+    root = picture_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
     with refused("--val-split"):
         load("", root, val_split="train")
 
@@ -291,18 +201,13 @@ def test_a_dataset_name_without_a_folder_is_refused_with_what_is_missing():
 
 
 def test_images_of_four_channels_are_refused(tmp_path):
-    root = image_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
+    root = picture_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
     with refused("--in-chans"):
         load("", root, in_chans=4)
 
 
-def test_statistics_of_another_number_of_channels_are_refused():
-    with refused("--mean"):
-        load(mean=[0.5, 0.5])
-
-
 def test_a_corrupt_image_ends_the_run_before_it_begins(tmp_path):
-    root = image_folder(tmp_path, train={"ant": 9, "bee": 9}, val={"ant": 1, "bee": 1})
+    root = picture_folder(tmp_path, train={"ant": 9, "bee": 9}, val={"ant": 1, "bee": 1})
     path = root / "train" / "bee" / "bee4.png"
     path.write_bytes(path.read_bytes()[:100])
     with refused("bee4.png"):
@@ -311,14 +216,14 @@ def test_a_corrupt_image_ends_the_run_before_it_begins(tmp_path):
 
 @pytest.mark.parametrize("limit", [0, 3])
 def test_only_so_many_images_are_decoded_first(tmp_path, limit):
-    root = image_folder(tmp_path, train={"ant": 9, "bee": 9}, val={"ant": 1, "bee": 1})
+    root = picture_folder(tmp_path, train={"ant": 9, "bee": 9}, val={"ant": 1, "bee": 1})
     (root / "train" / "bee" / "bee8.png").write_bytes(b"")
     assert len(load("", root, check_images=limit, switch_split="0").train.decoded) == limit
 
 
 @pytest.mark.parametrize("limit", [2, 3, 7, 18, 99])
 def test_the_images_that_are_decoded_first_are_spread_over_all_classes(tmp_path, limit):
-    root = image_folder(tmp_path, train={"ant": 9, "bee": 9}, val={"ant": 1, "bee": 1})
+    root = picture_folder(tmp_path, train={"ant": 9, "bee": 9}, val={"ant": 1, "bee": 1})
     rows = np.array(sorted(load("", root, check_images=limit, switch_split="0").train.decoded))
     assert len(rows) == min(limit, 18) and rows[0] == 0
     assert np.bincount(rows // 9).tolist() in ([limit // 2, limit // 2], [-(-limit // 2), limit // 2], [9, 9])
@@ -326,16 +231,10 @@ def test_the_images_that_are_decoded_first_are_spread_over_all_classes(tmp_path,
 
 
 def test_only_small_images_are_kept_in_memory(tmp_path):
-    root = image_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
+    root = picture_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
     Image.new("RGB", (65, 64)).save(root / "train" / "ant" / "ant0.png")
     Image.new("RGB", (64, 64)).save(root / "train" / "ant" / "ant1.png")
     assert sorted(load("", root, switch_split="0").train.decoded) == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("changes", [{"aa": "nonsense"}, {"train_interpolation": "nonsense"}, {"remode": "nonsense"}])
-def test_augmentation_that_timm_does_not_know_is_refused(changes):
-    with refused("transforms"):
-        load(reprob=0.5, **changes)
 
 
 def test_a_dry_run_reports_on_a_few_batches_only():
@@ -344,24 +243,6 @@ def test_a_dry_run_reports_on_a_few_batches_only():
 
 
 # --- Hugging Face datasets -------------------------------------------------------------------------------------------
-
-
-def hf_folder(
-    root: Path,
-    labels: list,
-    label: object = None,
-    columns: tuple[str, str] = ("image", "label"),
-    without_image: int | None = None,
-) -> Path:
-    """A dataset of PNGs with these labels in parquet files; train and test hold the same pictures and labels."""
-    root.mkdir()
-    datasets.disable_progress_bars()
-    pictures = [None if i == without_image else picture(i) for i in range(len(labels))]
-    features = datasets.Features({columns[0]: datasets.Image(), columns[1]: label or datasets.Value("int64")})
-    table = datasets.Dataset.from_dict({columns[0]: pictures, columns[1]: labels}, features=features)
-    table.to_parquet(str(root / "train.parquet"))
-    shutil.copy(root / "train.parquet", root / "test.parquet")
-    return root
 
 
 def load_hf(root: Path, **changes: object):
@@ -439,12 +320,3 @@ def test_a_row_without_an_image_is_refused(tmp_path):
     root = hf_folder(tmp_path / "hf", [0, 1, 0, 1], without_image=2)
     with refused("row 2", "split 'train'"):
         load_hf(root, switch_split="0")
-
-
-def test_targets_come_as_integers_from_every_kind_of_dataset(tmp_path):
-    folder = load("", image_folder(tmp_path / "f", train={"ant": 2, "bee": 2}, val={"ant": 1, "bee": 1})).train.source
-    hugging = load_hf(hf_folder(tmp_path / "hf", [1, 0] * 3)).train.source
-    plain = [("picture", 1), ("picture", 0)]
-    for dataset, expected in ((folder, [0, 0, 1, 1]), (hugging, [1, 0] * 3), (plain, [1, 0])):
-        targets = targets_of(dataset, "train", None)
-        assert targets.dtype == np.int64 and targets.tolist() == expected

@@ -202,7 +202,7 @@ def test_an_export_takes_the_place_of_the_one_before(tmp_path):
 def failing(seed: int = 5) -> nn.Module:
     """A model whose weights can be written and whose config cannot."""
     model = model_of(seed=seed)
-    model.w2s_args = {"act_layer": object()}
+    model.timm_kwargs = {"act_layer": object()}
     return model
 
 

@@ -19,9 +19,10 @@ from w2s.engine.errors import InputError
 from w2s.engine.options import switch_fraction
 from w2s.images.augmentation import eval_transform
 from w2s.images.cache import CachedSplit, cache_device, cache_split, resolve_cache
-from w2s.images.datasets import check_decodable, class_names, image_mode, is_stream, open_dataset, targets_of
+from w2s.images.datasets import check_decodable, class_names, image_mode, open_dataset, targets_of
 from w2s.images.loading import ImageSplit
 from w2s.images.splits import stratified_split
+from w2s.images.streams import is_stream
 from w2s.record import replacing
 
 

@@ -20,17 +20,10 @@ from w2s.images.augmentation import (
     eval_transform,
 )
 from w2s.images.cache import cache_device, cache_split, resolve_cache
-from w2s.images.datasets import (
-    check_decodable,
-    class_names,
-    image_mode,
-    is_stream,
-    open_dataset,
-    open_stream,
-    targets_of,
-)
+from w2s.images.datasets import check_decodable, class_names, image_mode, open_dataset, targets_of
 from w2s.images.loading import ImageSplit
 from w2s.images.splits import stratified_split
+from w2s.images.streams import is_stream, open_stream
 
 
 @dataclass
@@ -140,7 +133,13 @@ def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, int]:
     report = open_split(args.val_split)
     report_names = class_names(report)
     if names and report_names != names:
-        _check_class_names(args, train, names=names, report_names=report_names)
+        _check_class_names(
+            train,
+            names=names,
+            report_names=report_names,
+            train_split=args.train_split,
+            val_split=args.val_split,
+        )
         report = open_split(args.val_split, class_map=names)
     report_targets = targets_of(report, args.val_split, num_classes)
     _refuse_empty_classes(report_targets, args.val_split, num_classes=num_classes, names=report_names)
@@ -149,15 +148,18 @@ def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, int]:
     return train, targets, report, num_classes
 
 
-def _check_class_names(args, train: Dataset, *, names: dict[str, int], report_names: dict[str, int]) -> None:
+def _check_class_names(
+    train: Dataset, *, names: dict[str, int], report_names: dict[str, int], train_split: str, val_split: str
+) -> None:
     """Refuse a reporting split that names other classes than the training split."""
     if unknown := sorted(set(report_names) - set(names)):
         folder = os.path.join(getattr(getattr(train, "reader", None), "root", None) or "", unknown[0])
         if os.path.isdir(folder):  # timm's readers know no class without an image
-            raise InputError(f"class '{unknown[0]}' of split '{args.train_split}' has no image")
-        raise InputError(f"class '{unknown[0]}' of split '{args.val_split}' is not in '{args.train_split}'")
-    if missing := sorted(set(names) - set(report_names)) if report_names else []:
-        raise InputError(f"class '{missing[0]}' of split '{args.val_split}' has no image ({len(missing)} such classes)")
+            raise InputError(f"class '{unknown[0]}' of split '{train_split}' has no image")
+        raise InputError(f"class '{unknown[0]}' of split '{val_split}' is not in '{train_split}'")
+    missing = sorted(set(names) - set(report_names))
+    if report_names and missing:
+        raise InputError(f"class '{missing[0]}' of split '{val_split}' has no image ({len(missing)} such classes)")
 
 
 def _refuse_empty_classes(targets: np.ndarray, split: str, *, num_classes: int, names: dict[str, int]) -> None:

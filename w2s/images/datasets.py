@@ -1,11 +1,9 @@
 """Opening image datasets and reading their images: the built-in digits, and all that timm's factory opens."""
 
-import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from accelerate import PartialState
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
@@ -14,13 +12,7 @@ from w2s.engine.errors import InputError, first_line, on_one_line
 from w2s.engine.randomness import evenly_spread
 from w2s.images.digits import Digits
 
-STREAMS = ("wds", "hfids", "tfds")
 SMALL_IMAGE = 64 * 64  # pixels up to which decoded images are kept in memory
-
-
-def is_stream(dataset: str) -> bool:
-    """Whether a name of `--dataset` means shards that can only be read in sequence."""
-    return dataset.partition("/")[0] in STREAMS
 
 
 def image_mode(in_chans: int) -> str:
@@ -67,7 +59,7 @@ def open_dataset(
         what = f"--dataset {dataset}" if dataset else "no data"
         raise InputError(f"{what}: give --data-dir FOLDER, or --dataset digits, hfds/NAME_OR_FOLDER or wds/...")
     columns = {"input_key": input_key, "target_key": target_key}
-    opened = _create(dataset, split, data_dir=data_dir, mode=mode, class_map=class_map, **columns)
+    opened = create_checked(dataset, split, data_dir=data_dir, mode=mode, class_map=class_map, **columns)
     opened.split_name = split  # for errors
     if len(opened) == 0:
         raise InputError(f"split '{split}' of dataset {dataset or data_dir} is empty")
@@ -79,43 +71,15 @@ def open_dataset(
     return opened
 
 
-def open_stream(
-    dataset: str,
-    split: str,
-    *,
-    data_dir: str | None,
-    mode: str,
-    batch_size: int,
-    seed: int,
-    input_key: str | None = None,
-    target_key: str | None = None,
-    samples: int | None = None,
-    training: bool = False,
-) -> Dataset:
-    """Open a split whose shards are read in sequence.
-
-    Args:
-        dataset, split, data_dir, mode, input_key, target_key: see `open_dataset`.
-        batch_size, seed: of the run.
-        samples: the length of the split, where its reader does not know it.
-        training: shuffle. Otherwise each process reads its own shards once; `total` is the length of the whole split.
+def create_checked(dataset: str, split: str, *, data_dir: str | None, mode: str, **options: object) -> Dataset:
+    """What timm's factory makes of these arguments.
 
     Raises:
-        InputError: the split cannot be opened, or not be evaluated exactly once by all processes together.
+        InputError: in place of whatever the readers raise.
     """
-    options = {"batch_size": batch_size, "num_samples": samples, "seed": seed, "is_training": training}
-    options |= {"input_key": input_key, "target_key": target_key}
-    opened = _create(dataset, split, data_dir=data_dir, mode=mode, **options)
-    opened.split_name = split  # for errors
-    if not training:
-        _read_each_sample_once(opened, dataset, split)
-    return opened
-
-
-def _create(dataset: str, split: str, *, data_dir: str | None, mode: str, **options: object) -> Dataset:
     try:
         return create_dataset(dataset, root=data_dir, split=split, input_img_mode=mode, **options)
-    except Exception as error:  # every reader raises its own kinds
+    except Exception as error:
         where = " ".join(filter(None, [dataset, data_dir]))
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"cannot open split '{split}' of dataset {where}: {reason}") from None
@@ -131,26 +95,6 @@ def _check_columns(reader: object, dataset: str, labelled: bool) -> None:
             raise InputError(f"dataset {dataset} has nothing in column '{label_key}'; see --target-key")
         others = reader.dataset.select_columns([c for c in reader.dataset.column_names if c != label_key])
         reader.dataset = others.add_column(label_key, [0] * len(others))
-
-
-def _read_each_sample_once(stream: Dataset, dataset: str, split: str) -> None:
-    """Have each process read its own shards, every sample once.
-
-    timm's reader makes all processes read the same number of samples, repeating some and leaving out others.
-    """
-    reader = stream.reader
-    world, rank = PartialState().num_processes, PartialState().process_index
-    stream.total = getattr(reader, "num_samples", 0)
-    if not stream.total:
-        raise InputError(f"the length of split '{split}' is not known; write it as 'SHARDS|LENGTH'")
-    if world > 1:
-        if not hasattr(getattr(reader, "split_info", None), "filenames"):
-            raise InputError(f"--dataset {dataset}: only wds/ streams can be evaluated by several processes")
-        files = tuple(reader.split_info.filenames)
-        if len(files) < world:
-            raise InputError(f"split '{split}' has {len(files)} shards, fewer than {world} processes")
-        reader.split_info = dataclasses.replace(reader.split_info, filenames=files[rank::world])
-        reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
 def class_names(dataset: Dataset) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""How images are served: splits under a transform, loaders, streams."""
+"""How images are served: splits under a transform, and the loaders of training and evaluation."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from w2s.engine.errors import InputError
 from w2s.engine.loading import EpochBatches, EvalBatches, loader_options, to_device
-from w2s.engine.randomness import mix_seed, own_randomness, seed_augmentation
+from w2s.engine.randomness import own_randomness, seed_augmentation
 from w2s.images.cache import CachedSplit
 from w2s.images.datasets import read_image
+from w2s.images.streams import stream_batches
 
 
 class ImageSplit(Dataset):
@@ -97,7 +97,7 @@ def train_batches(
             world=world,
         )
     elif isinstance(dataset, IterableDataset):
-        batches = _stream_batches(
+        batches = stream_batches(
             dataset,
             accelerator,
             batch_size=batch_size,
@@ -115,39 +115,6 @@ def train_batches(
         options = loader_options(workers=workers, device=accelerator.device)
         batches = DataLoader(dataset, batch_sampler=sampler, generator=generator, **options)
     return to_device(batches, accelerator.device)
-
-
-def _stream_batches(
-    stream: IterableDataset,
-    accelerator: Accelerator,
-    *,
-    batch_size: int,
-    batches_per_epoch: int,
-    start: int,
-    seed: int,
-    workers: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of a stream, epoch by epoch; a resumed run reads past the first batches of its epoch."""
-    epoch, skip = divmod(start, batches_per_epoch)
-    # at least one worker, made anew for every epoch: its seed decides on all of the shuffling and augmentation
-    readers = max(workers, 1)
-    options = loader_options(workers=readers, device=accelerator.device) | {"persistent_workers": False}
-    stream.set_loader_cfg(num_workers=readers)
-    while True:
-        left = batches_per_epoch
-        stream.set_epoch(epoch)
-        generator = torch.Generator().manual_seed(mix_seed(seed, epoch, accelerator.process_index))
-        for batch in DataLoader(stream, batch_size=batch_size, drop_last=True, generator=generator, **options):
-            left -= 1
-            if skip:
-                skip -= 1
-            else:
-                yield batch
-            if left == 0:
-                break
-        if left == batches_per_epoch:
-            raise InputError(f"split '{stream.split_name}' gives no batch: too few shards for {workers} workers?")
-        epoch += 1
 
 
 def eval_loader(dataset: Dataset, accelerator: Accelerator, *, batch_size: int, workers: int) -> Iterable:

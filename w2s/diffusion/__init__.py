@@ -1,5 +1,1 @@
-"""Diffusion: denoisers, the process, image data and the distance that judges samples."""
-
-from w2s.diffusion.denoisers import unet
-
-__all__ = ["unet"]
+"""Diffusion: denoisers, the process, image data, and the distances that judge samples."""

@@ -1,32 +1,38 @@
-"""Denoisers of two families, and how they are kept on disk.
+"""Denoisers of two families.
 
-Every denoiser is called as `model(x, t, labels=None)` with x (B, C, H, W) in [-1, 1], t (B,) integer time steps and
-labels (B,) classes or None, and predicts epsilon (or v) of the shape of x. The families: `ncN-rbM` on diffusers'
-U-Net, and timm's vision transformers.
+Every denoiser is called as `model(x, t, labels=None)`, with noisy images x (B, C, H, W), integer time steps t (B,) and
+classes labels (B,) or None, and predicts epsilon or v in the shape of x. The two families are diffusers' U-Net, named
+`ncN-rbM`, and timm's vision transformers.
 """
 
-import json
+import copy
 import math
 import re
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.utils import logging as diffusers_logging
-from safetensors.torch import save_file
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
-from w2s.engine.errors import InputError
-from w2s.engine.files import replacing_folder
-from w2s.images.models import create_model, load_weights, pretrained_cfg
+from w2s.engine.errors import InputError, on_one_line
+from w2s.engine.plan import count_flops
+from w2s.images.models import create_model, pretrained_cfg
 
-VIT_MODULES = {"vision_transformer", "deit"}  # timm's
+VIT_MODULES = {"vision_transformer", "deit"}  # of timm, whose models are of class VisionTransformer
+
+
+class Signature(NamedTuple):
+    """What a denoiser takes."""
+
+    image_size: int | tuple[int, int]  # in pixels; a pair where the images are not square
+    channels: int
+    classes: int | None  # None: unconditional
 
 
 class UNet(UNet2DModel):
-    """diffusers' `UNet2DModel` under the call signature of this module; `export` writes the plain class."""
+    """diffusers' `UNet2DModel` with the call of this module; exports have the plain class."""
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The prediction (B, C, H, W)."""
@@ -34,53 +40,55 @@ class UNet(UNet2DModel):
 
     @property
     def name(self) -> str:
-        """As in `unet(name, ...)`, whatever the multipliers."""
+        """As in `unet(name, ...)`; it does not show the channel multipliers."""
         return f"nc{self.config.block_out_channels[0]}-rb{self.config.layers_per_block}"
 
     @property
-    def facts(self) -> tuple[int, int, int | None]:
-        """Image size in pixels (a pair where not square), channels, classes (None: unconditional)."""
+    def signature(self) -> Signature:
+        """Image size, channels and classes."""
         size = self.config.sample_size
         if isinstance(size, list | tuple):
             size = size[0] if len(set(size)) == 1 else tuple(size)
-        return size, self.config.in_channels, self.config.num_class_embeds
+        return Signature(size, channels=self.config.in_channels, classes=self.config.num_class_embeds)
 
 
 def unet(
     name: str,
     image_size: int,
     in_chans: int = 3,
+    *,
     num_classes: int | None = None,
     channel_mult: tuple[int, ...] | None = None,
     attention: tuple[int, ...] = (16, 8),
     dropout: float = 0.0,
     head_dim: int = 64,
 ) -> UNet:
-    """A U-Net `ncN-rbM`: N base channels, M residual blocks a level, scale-shift norm (Nichol and Dhariwal 2021).
+    """A U-Net with scale-shift norm (Nichol and Dhariwal 2021, arXiv 2102.09672).
 
     Args:
-        name: "nc64-rb2" (9.9 M parameters at 32 px), "nc128-rb3" (52.5 M), "nc160-rb3" (82.1 M), or any other N and M.
-        image_size: in pixels; divisible by 2 for every level but the first.
-        in_chans: image channels.
-        num_classes: class-conditional where given.
-        channel_mult: width of each level in units of N (default: 1, 2, 2, 2, levels below 4 px left out).
-        attention: at which resolutions, in pixels, there is self-attention.
+        name: "ncN-rbM" with N base channels and M residual blocks per level: "nc64-rb2" (9.9 M parameters at 32 px),
+            "nc128-rb3" (52.5 M), "nc160-rb3" (82.1 M), or any other.
+        image_size: in pixels; it is halved from each level to the next.
+        in_chans: channels of the images.
+        num_classes: makes the U-Net class-conditional.
+        channel_mult: width of each level in units of N (default: 1, 2, 2, 2, without levels below 4 px).
+        attention: resolutions in pixels that have self-attention.
         dropout: in the residual blocks.
-        head_dim: channels of an attention head (64: 4 heads at 256 channels), of the whole width where that is less.
+        head_dim: channels per attention head, reduced to the largest number that divides all widths.
 
     Raises:
-        InputError: no such name, no such levels, or a size that they cannot halve.
+        InputError: the name or the multipliers are not valid, or the size cannot be halved that often.
     """
     match = re.fullmatch(r"nc([1-9]\d*)-rb([1-9]\d*)", name)
     if not match:
-        raise InputError(f"unknown U-Net '{name}': ncN-rbM has N base channels and M residual blocks, as nc64-rb2")
-    base, blocks = map(int, match.groups())
+        raise InputError(f"unknown U-Net '{name}': give ncN-rbM, N base channels and M residual blocks, e.g. nc64-rb2")
+    base, blocks = int(match[1]), int(match[2])
     if base % 4:
         raise InputError(f"U-Net '{name}': the base channels must be a multiple of 4")
     if channel_mult is None:
         channel_mult = (1, 2, 2, 2)[: max(int(math.log2(max(image_size, 1))) - 1, 1)]
     if not channel_mult or not all(isinstance(factor, int) and factor >= 1 for factor in channel_mult):
-        raise InputError(f"U-Net '{name}': channel_mult={channel_mult} must be integers from 1 up, one a level")
+        raise InputError(f"U-Net '{name}': channel_mult={channel_mult} must be integers from 1 up, one per level")
     halvings = 2 ** (len(channel_mult) - 1)
     if image_size % halvings:
         raise InputError(f"U-Net '{name}': {len(channel_mult)} levels need an image size divisible by {halvings}")
@@ -95,7 +103,7 @@ def unet(
         down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attended),
         up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attended)),
         dropout=dropout,
-        attention_head_dim=math.gcd(head_dim, *widths),  # every head whole, also in narrow models
+        attention_head_dim=math.gcd(head_dim, *widths),  # it must divide every width
         norm_num_groups=math.gcd(32, base),
         resnet_time_scale_shift="scale_shift",
         num_class_embeds=num_classes,
@@ -103,24 +111,25 @@ def unet(
 
 
 class ViT(nn.Module):
-    """A timm `VisionTransformer` as denoiser: time, and class, as extra tokens; a linear head back to pixels.
+    """A timm `VisionTransformer` as a denoiser, with the time step and the class as extra tokens.
 
-    The in-context form of U-ViT (Bao et al. 2023, arXiv 2209.12152) and DiT (Peebles and Xie 2023, arXiv 2212.09748);
-    the head starts at 0 as in DiT.
+    This is the in-context conditioning of U-ViT (Bao et al. 2023, arXiv 2209.12152) and DiT (Peebles and Xie 2023,
+    arXiv 2212.09748). A linear head turns each patch token back into pixels; it starts at 0, as in DiT.
 
     Args:
         name: a timm architecture, e.g. vit_small_patch16_224.
         image_size: in pixels.
-        in_chans: image channels.
-        num_classes: class-conditional where given.
-        kwargs: of timm's constructor: patch_size, embed_dim, depth, num_heads, ...
+        in_chans: channels of the images.
+        num_classes: makes the denoiser class-conditional.
+        kwargs: arguments of timm's constructor: patch_size, embed_dim, depth, num_heads, ...
 
     Raises:
-        InputError: no timm VisionTransformer of that name, arguments it does not take, patches that do not fit.
+        InputError: timm has no VisionTransformer of that name, it does not take these arguments, or its patches do not
+            cover the image.
     """
 
     def __init__(
-        self, name: str, image_size: int, in_chans: int = 3, num_classes: int | None = None, **kwargs: object
+        self, name: str, image_size: int, in_chans: int = 3, *, num_classes: int | None = None, **kwargs: object
     ) -> None:
         super().__init__()
         if kwargs.get("img_size", image_size) != image_size:
@@ -128,14 +137,15 @@ class ViT(nn.Module):
         kwargs = {"class_token": False, "global_pool": "", "img_size": image_size, **kwargs}
         if pretrained_cfg(name) is not None and not is_model_in_modules(name.partition(".")[0], VIT_MODULES):
             raise InputError(f"'{name}' is no timm VisionTransformer; denoisers are ncN-rbM or VisionTransformers")
-        vit = create_model(name, 0, in_chans, image_size, model_kwargs=kwargs)
-        self.name, self.facts = name, (image_size, in_chans, num_classes)
+        vit = create_model(name, num_classes=0, in_chans=in_chans, img_size=image_size, model_kwargs=kwargs)
+        self.name = name
+        self.signature = Signature(image_size, channels=in_chans, classes=num_classes)
         self.config = dict(name=name, image_size=image_size, in_chans=in_chans, num_classes=num_classes, **kwargs)
         self.vit, self.patch, self.grid = vit, vit.patch_embed.patch_size, vit.patch_embed.grid_size
         if any(n * p != image_size for n, p in zip(self.grid, self.patch, strict=True)):
             raise InputError(f"'{name}': patches of {self.patch[0]} px do not cover {image_size} px; see patch_size")
         if isinstance(vit.norm, nn.Identity) or not isinstance(vit.patch_drop, nn.Identity):
-            raise InputError(f"'{name}': no global_pool, fc_norm or patch_drop_rate here, a denoiser keeps all patches")
+            raise InputError(f"'{name}': a denoiser keeps all patches: no global_pool, fc_norm or patch_drop_rate")
         self.time_proj = Timesteps(vit.embed_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(vit.embed_dim, vit.embed_dim)
         self.class_embedding = nn.Embedding(num_classes, vit.embed_dim) if num_classes else None
@@ -146,7 +156,7 @@ class ViT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The prediction (B, C, H, W)."""
         if (labels is None) != (self.class_embedding is None):
-            raise ValueError("a class-conditional denoiser takes labels, another takes none")
+            raise ValueError("a class-conditional denoiser needs labels, an unconditional one takes none")
         vit, (rows, columns), (height, width) = self.vit, self.grid, self.patch
         patches = vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
         context = [self.time_embedding(self.time_proj(t).to(self.head.weight.dtype))]
@@ -159,97 +169,37 @@ class ViT(nn.Module):
 
 
 def build_denoiser(
-    name: str, image_size: int, in_chans: int = 3, num_classes: int | None = None, kwargs: dict | None = None
+    name: str,
+    image_size: int,
+    in_chans: int = 3,
+    *,
+    num_classes: int | None = None,
+    model_kwargs: dict | None = None,
 ) -> UNet | ViT:
-    """A denoiser of either family by its name.
+    """A denoiser of the family that its name belongs to.
 
     Raises:
         InputError: see `unet` and `ViT`.
     """
-    make = unet if re.match(r"nc\d", name) else ViT
+    build = unet if re.match(r"nc\d", name) else ViT
     try:
-        return make(name, image_size, in_chans, num_classes, **(kwargs or {}))
+        return build(name, image_size, in_chans, num_classes=num_classes, **(model_kwargs or {}))
     except (TypeError, ValueError) as error:
-        raise InputError(f"cannot build denoiser '{name}': {' '.join(str(error).split())}") from None
+        raise InputError(f"cannot build denoiser '{name}': {on_one_line(error)}") from None
 
 
 def rebuild(model: UNet | ViT) -> UNet | ViT:
-    """A denoiser of the same architecture, before any training."""
+    """A denoiser of the same architecture that was never trained."""
     return UNet.from_config(model.config) if isinstance(model, UNet) else ViT(**model.config)
 
 
-def export(model: UNet | ViT, scheduler: DDPMScheduler, folder: Path) -> None:
-    """Write a denoiser and its process into `folder`, complete or as it was before.
-
-    A U-Net becomes a diffusers pipeline, for `DDPMPipeline.from_pretrained` and `DDIMPipeline.from_pretrained` (whose
-    call knows no classes: call `pipeline.unet` for a class-conditional one). diffusers has no such transformer: a ViT
-    becomes model.safetensors, config.json and scheduler/, for `load_denoiser` alone.
-    """
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with replacing_folder(folder) as beside:
-        if isinstance(model, UNet):
-            with torch.device("meta"):
-                plain = UNet2DModel.from_config(model.config)
-            plain.load_state_dict(state, assign=True)
-            DDPMPipeline(plain, scheduler).save_pretrained(beside)
-        else:
-            scheduler.save_pretrained(beside / "scheduler")
-            save_file(state, beside / "model.safetensors")
-            (beside / "config.json").write_text(json.dumps(model.config, indent=2))
-
-
-def load_denoiser(spec: str) -> tuple[UNet | ViT, DDPMScheduler, Path]:
-    """The denoiser and its process from a run folder, a folder written by `export` or a diffusers pipeline folder.
-
-    The parts of a pipeline lie in unet/ and scheduler/, or side by side as in diffusers' first ones.
-
-    Raises:
-        InputError: nothing of that kind is there, or it cannot be read.
-    """
-
-    def part(folder: Path, name: str) -> Path:
-        return folder / name if (folder / name).is_dir() else folder
-
-    for folder in (Path(spec) / "model", Path(spec)):
-        network, process = part(folder, "unet"), part(folder, "scheduler")
-        if (process / "scheduler_config.json").is_file() and (network / "config.json").is_file():
-            break
-    else:
-        hint = f"; {Path(spec) / 'best'} has one" if (Path(spec) / "best" / "scheduler").is_dir() else ""
-        raise InputError(f"{spec} holds no denoiser (model/, or a diffusers pipeline with scheduler_config.json){hint}")
-    own = network == folder != process and not (folder / "model_index.json").is_file()  # a ViT
-    diffusers_logging.disable_progress_bar()
-    try:
-        scheduler = DDPMScheduler.from_pretrained(process, local_files_only=True)
-        if own:
-            model = ViT(**json.loads((network / "config.json").read_text()))
-            load_weights(model, network / "model.safetensors")
-        else:
-            options = {"output_loading_info": True, "low_cpu_mem_usage": False, "local_files_only": True}
-            model, info = UNet.from_pretrained(network, **options)
-            if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-                raise ValueError(f"weights do not fit: {wrong[0]}")
-            if (out := model.config.out_channels) != (chans := model.config.in_channels):
-                raise ValueError(f"{out} channels out for {chans} in: a learned variance is not supported")
-    except InputError:
-        raise
-    except Exception as error:  # diffusers, safetensors and json raise many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"cannot load the denoiser of {folder}: {type(error).__name__}: {reason}") from None
-    return model.eval(), scheduler, folder
-
-
-def check_same(student: UNet | ViT, process: DDPMScheduler, other: UNet | ViT, others: DDPMScheduler, who: str) -> None:
-    """Refuse a denoiser whose epsilon at x_t and t is not that of the student's process; `who` it is, for the message.
-
-    Raises:
-        InputError: another image size, number of channels or classes, prediction type, steps or betas.
-    """
-    for what, here, there in zip(("image size", "channels", "classes"), student.facts, other.facts, strict=True):
-        if here != there:
-            raise InputError(f"{who} has {what} {there}, this run has {here}: they must see the same x_t")
-    for what, key in (("--prediction", "prediction_type"), ("--diffusion-steps", "num_train_timesteps")):
-        if (here := process.config[key]) != (there := others.config[key]):
-            raise InputError(f"{who} was trained with {key} {there}, this run has {here}; see {what}")
-    if not torch.allclose(others.alphas_cumprod.cpu(), process.alphas_cumprod.cpu(), atol=1e-6):
-        raise InputError(f"{who} was trained with other betas than this run; see --betas")
+def denoiser_flops(model: UNet | ViT, batch: int, backward: bool) -> int:
+    """FLOPs of a forward on `batch` images, or of a forward and backward. Nothing is computed to count them."""
+    size, channels, classes = model.signature
+    x = torch.empty(2, channels, size, size, device="meta")
+    t = torch.empty(2, dtype=torch.long, device="meta")
+    labels = t if classes else None
+    meta_model = copy.deepcopy(model).to("meta").train(backward)
+    if backward:
+        return count_flops(lambda: meta_model(x, t, labels).sum().backward()) * batch // 2
+    return count_flops(lambda: meta_model(x, t, labels)) * batch // 2

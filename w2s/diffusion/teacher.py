@@ -1,4 +1,4 @@
-"""The denoiser's early teacher."""
+"""The frozen teacher of a denoiser."""
 
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,15 @@ class DenoiserTeacher(Teacher):
     """A frozen denoiser that gives epsilon at the student's x_t and t.
 
     Args:
-        model: a denoiser whose process is the student's.
-        process: that process.
+        model: a denoiser that passes `check_compatible` with the student.
+        process: the diffusion process of both.
         source, accelerator, channels_last: see `Teacher`.
     """
 
     def __init__(
         self,
         model: UNet | ViT,
+        *,
         process: DDPMScheduler,
         source: Path,
         accelerator: Accelerator,
@@ -40,5 +41,5 @@ class DenoiserTeacher(Teacher):
         self.process = process
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Epsilon (B, C, H, W) at x_t and t (B,)."""
-        return as_epsilon(self.process, self.model(x_t, t, labels), x_t, t)
+        """Epsilon (B, C, H, W) at x_t (B, C, H, W) and t (B,)."""
+        return as_epsilon(self.process, self.model(x_t, t, labels), x_t=x_t, t=t)

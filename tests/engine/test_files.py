@@ -64,3 +64,30 @@ def test_what_an_earlier_kill_left_does_not_stop_the_next_one(tmp_path):
     put_in_place(tmp_path / "beside", tmp_path / "model")
     drop_folder(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_may_stay_is_written_once(tmp_path):
+    folder = tmp_path / "new" / "data"
+    for text in ("first", "second"):
+        with replacing_folder(folder, keep_existing=True) as beside:
+            (beside / "file").write_text(text)
+    assert (folder / "file").read_text() == "first"
+    assert [path.name for path in folder.parent.iterdir()] == ["data"]
+
+
+def test_of_two_that_write_the_same_folder_at_once_the_first_to_finish_provides_it(tmp_path):
+    folder = tmp_path / "data"
+    with replacing_folder(folder, keep_existing=True) as slow:
+        (slow / "file").write_text("slow")
+        with replacing_folder(folder, keep_existing=True) as quick:
+            (quick / "file").write_text("quick")
+        assert (slow / "file").read_text() == "slow"
+    assert (folder / "file").read_text() == "quick"
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_block_that_fails_leaves_nothing_where_the_folder_may_stay(tmp_path):
+    with pytest.raises(ZeroDivisionError), replacing_folder(tmp_path / "data", keep_existing=True) as beside:
+        (beside / "file").write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []

@@ -11,13 +11,29 @@ from w2s.engine.errors import InputError
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` once the block is done and all of it is on disk."""
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
+def replacing_folder(folder: Path, keep_existing: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` once the block is done and all of it is on disk.
+
+    An older `folder` is dropped. With `keep_existing` it stays unless it is empty, and what was written is dropped
+    instead: several processes may then write the same folder at once, and the first one to finish provides it.
+    """
+    if not keep_existing:
+        beside = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        put_in_place(beside, folder)
+        return
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")  # no other process writes there
     beside.mkdir(parents=True)
-    yield beside
-    put_in_place(beside, folder)
+    try:
+        yield beside
+        for path in [*beside.rglob("*"), beside]:
+            fsync(path)
+        with contextlib.suppress(OSError):  # `folder` exists and is not empty
+            beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def put_in_place(beside: Path, folder: Path) -> None:

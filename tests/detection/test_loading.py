@@ -1,46 +1,21 @@
 """How images with boxes are served: transforms keep boxes right, batches of one aspect ratio, stateless randomness."""
 
-import argparse
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
+from detection.annotated import annotated, white_boxes
 from PIL import Image
 
-from w2s.detection.data import annotate
 from w2s.detection.loading import (
     DetectionSplit,
     GroupedBatches,
-    SizedBatches,
+    SameSizeBatches,
+    check_decodable_images,
+    detection_transform,
     eval_loader,
     train_batches,
-    train_transform,
 )
-
-
-def bright_boxes(count: int = 6, width: int = 60, height: int = 40) -> object:
-    """Black images, each with two white rectangles that its annotations name."""
-    images = [{"id": k, "width": width, "height": height} for k in range(count)]
-    boxes = [[4 + k, 6, 10, 12] for k in range(count)], [[30, 20 - k, 14, 9] for k in range(count)]
-    annotations = [
-        {"id": 2 * k + n, "image_id": k, "category_id": n, "bbox": boxes[n][k]} for k in range(count) for n in (0, 1)
-    ]
-    truth = {"images": images, "annotations": annotations, "categories": [{"id": k, "name": str(k)} for k in (0, 1)]}
-
-    def read(row: int) -> Image.Image:
-        pixels = np.zeros((height, width, 3), np.uint8)
-        for x, y, w, h in (boxes[0][row], boxes[1][row]):
-            pixels[y : y + h, x : x + w] = 255
-        return Image.fromarray(pixels)
-
-    return annotate(truth, "here", False, read)
-
-
-def options(**changes: object) -> argparse.Namespace:
-    args = {"photometric": False, "lsj": None, "scale_jitter": None, "hflip": 0.5, "max_size": 100, "seed": 0}
-    args |= {"batch_size": 2, "validation_batch_size": None, "workers": 0, "group_aspect": True}
-    return argparse.Namespace(**{**args, **changes})
 
 
 class Processes:
@@ -56,11 +31,19 @@ class Processes:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"hflip": 0.0}, {"hflip": 1.0}, {"scale_jitter": (24, 88)}, {"lsj": 64}, {"photometric": True}]
+    "changes",
+    [
+        {"hflip": 0.0},
+        {"hflip": 1.0},
+        {"scale_jitter": (24, 88), "max_size": 100},
+        {"lsj": 64},
+        {"photometric": True},
+    ],
 )
 def test_boxes_stay_on_what_they_name(changes):
-    split = DetectionSplit(bright_boxes(), list(range(6)), 0, train_transform(options(**changes)), seed=3)
-    shapes, found = set(), 0
+    transform = detection_transform(**{"hflip": 0.5, **changes})
+    split = DetectionSplit(white_boxes(), list(range(6)), first_label=0, transform=transform, seed=3)
+    shapes, checked = set(), 0
     for epoch in range(4):
         for image, target in split.__getitems__([(epoch, position) for position in range(6)]):
             assert image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1
@@ -70,7 +53,7 @@ def test_boxes_stay_on_what_they_name(changes):
                 assert 0 <= x1 < x2 <= image.shape[-1] and 0 <= y1 < y2 <= image.shape[-2]
                 if min(x2 - x1, y2 - y1) < 6:
                     continue  # smeared by the scaling
-                found += 1
+                checked += 1
                 inside = image[0, round(y1) + 1 : round(y2) - 1, round(x1) + 1 : round(x2) - 1]
                 assert inside.mean() > (0.4 if changes.get("photometric") else 0.6), "white inside"
                 if not (changes.get("lsj") or changes.get("photometric")):
@@ -78,14 +61,14 @@ def test_boxes_stay_on_what_they_name(changes):
                     for a, b, c, d in target["boxes"].round().int().tolist():
                         mask[max(b - 2, 0) : d + 2, max(a - 2, 0) : c + 2] = False
                     assert image[0][mask].mean() < 0.1, "black outside"
-    assert found > 10
+    assert checked > 10
     assert len(shapes) > 1 if changes.get("scale_jitter") else len(shapes) == 1
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_image():
     def items(keys, seed=0, rows=(0, 1, 2, 3)):
-        source = bright_boxes()
-        split = DetectionSplit(source, list(rows), 0, train_transform(options(photometric=True)), seed)
+        transform = detection_transform(hflip=0.5, photometric=True)
+        split = DetectionSplit(white_boxes(), list(rows), first_label=0, transform=transform, seed=seed)
         return [image for image, _ in split.__getitems__(keys)]
 
     torch.manual_seed(5)
@@ -105,14 +88,15 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image():
 GROUPS = [0, 1, 0, 0, 2, 1, 0, 0, 1, 1, 0, 0, 1, 0, 2, 0, 1, 0, 0]
 
 
-def served(batch_size: int, batches: int, rank: int = 0, world: int = 1, start: int = 0, count: int = 12) -> list:
-    sampler = GroupedBatches(GROUPS, batch_size, batches, 7, rank=rank, world=world)
+def served(batch_size: int, *, rank: int = 0, world: int = 1, start: int = 0, count: int = 12) -> list:
+    """The first batches of one process, 4 an epoch."""
+    sampler = GroupedBatches(GROUPS, batch_size=batch_size, batches=4, seed=7, rank=rank, world=world)
     sampler.start = start
     return [batch for batch, _ in zip(sampler, range(count), strict=False)]
 
 
 def test_batches_hold_one_group_while_there_are_enough_of_it():
-    batches = served(4, 4, count=4)
+    batches = served(4, count=4)
     positions = [position for batch in batches for _, position in batch]
     assert len(set(positions)) == len(positions) == 16
     mixed = [len({GROUPS[p] for _, p in batch}) > 1 for batch in batches]
@@ -120,15 +104,15 @@ def test_batches_hold_one_group_while_there_are_enough_of_it():
 
 
 def test_two_processes_share_the_batches_of_one():
-    alone = served(4, 4)
-    pairs = zip(served(2, 4, 0, 2), served(2, 4, 1, 2), strict=True)
+    alone = served(4)
+    pairs = zip(served(2, rank=0, world=2), served(2, rank=1, world=2), strict=True)
     assert [a + b for a, b in pairs] == alone
 
 
 def test_batches_can_start_anywhere_and_differ_between_epochs():
-    alone = served(4, 4)
+    alone = served(4)
     for start in (1, 4, 6):
-        assert served(4, 4, start=start, count=12 - start) == alone[start:]
+        assert served(4, start=start, count=12 - start) == alone[start:]
     assert [p for _, p in alone[0]] != [p for _, p in alone[4]]
     assert {epoch for epoch, _ in alone[4]} == {1}
 
@@ -137,8 +121,8 @@ def test_batches_can_start_anywhere_and_differ_between_epochs():
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_evaluation_serves_each_image_once_in_batches_of_one_size(world, batch_size):
     sizes = [(60, 40)] * 7 + [(40, 60)] * 3 + [(60, 40)] * 3 + [(10, 10)]
-    alone = list(SizedBatches(sizes, batch_size))
-    parts = [list(SizedBatches(sizes, batch_size, rank, world)) for rank in range(world)]
+    alone = list(SameSizeBatches(sizes, batch_size=batch_size))
+    parts = [list(SameSizeBatches(sizes, batch_size=batch_size, rank=rank, world=world)) for rank in range(world)]
     positions = [position for part in parts for batch in part for _, position in batch]
     assert Counter(positions) == Counter(range(14))
     assert all(len({sizes[p] for _, p in batch}) == 1 for part in parts for batch in part)
@@ -146,12 +130,43 @@ def test_evaluation_serves_each_image_once_in_batches_of_one_size(world, batch_s
 
 
 def test_loaders():
-    split = DetectionSplit(bright_boxes(), list(range(6)), 1, train_transform(options()), 0)
-    straight = [next(batches) for batches in [train_batches(split, options(), Processes(), 0, 3)] for _ in range(5)]
-    resumed = train_batches(split, options(), Processes(), 3, 3)
+    transform = detection_transform(hflip=0.5)
+    split = DetectionSplit(white_boxes(), list(range(6)), first_label=1, transform=transform, seed=0)
+
+    def batches(start: int):
+        return train_batches(
+            split,
+            Processes(),
+            batch_size=2,
+            batches_per_epoch=3,
+            start=start,
+            seed=0,
+            workers=0,
+            group_aspect=True,
+        )
+
+    whole = batches(start=0)
+    straight = [next(whole) for _ in range(5)]
+    resumed = batches(start=3)
     for images, targets in straight[3:]:
         more, others = next(resumed)
         assert all(torch.equal(a, b) for a, b in zip(images, more, strict=True))
         assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, others, strict=True))
-    seen = [t["position"] for _, targets in eval_loader(split, options(), Processes(1, 2)) for t in targets]
-    assert seen == [2, 3]
+    loader = eval_loader(split, Processes(index=1, count=2), batch_size=2, workers=0)
+    assert [target["position"] for _, targets in loader for target in targets] == [2, 3]
+
+
+# ---- checks ----
+
+
+def test_the_images_that_are_decoded_first_are_spread_over_the_split():
+    opened = []
+
+    def read(row: int) -> Image.Image:
+        opened.append(row)
+        return Image.new("RGB", (4, 4))
+
+    images = [{"id": row, "width": 4, "height": 4} for row in range(20)]
+    data = {"images": images, "annotations": [], "categories": [{"id": 0, "name": "a"}]}
+    check_decodable_images(annotated(data, read=read), list(range(10, 19)), limit=3)
+    assert sorted(opened) == [10, 13, 16]

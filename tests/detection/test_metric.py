@@ -8,27 +8,27 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from detection.annotated import annotated
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from w2s.detection import metric as coco_eval
-from w2s.detection.data import annotate
-from w2s.detection.loading import DetectionSplit, SizedBatches
+from w2s.detection import metric
+from w2s.detection.loading import DetectionSplit, SameSizeBatches
 from w2s.detection.metric import (
-    NUMBERS,
-    coco_numbers,
+    COCO_METRICS,
+    coco_metrics,
     coco_results,
+    detection_rows,
     draw_predictions,
-    gather,
-    record,
-    shared_numbers,
+    gather_detections,
+    score_detections,
     write_detections,
 )
 from w2s.engine.errors import InputError
 
 
-def world_of_boxes(images: int = 13, seed: int = 0) -> tuple[DetectionSplit, list[dict[str, torch.Tensor]]]:
+def random_boxes(images: int = 13, seed: int = 0) -> tuple[DetectionSplit, list[dict[str, torch.Tensor]]]:
     """Ground truth of all sizes with crowds and empty images, and detections that are partly right."""
     generator = np.random.default_rng(seed)
     annotations, detections = [], []
@@ -42,29 +42,35 @@ def world_of_boxes(images: int = 13, seed: int = 0) -> tuple[DetectionSplit, lis
             annotation = {"id": len(annotations) + 1, "image_id": 100 - k, "category_id": category, "iscrowd": crowd}
             annotations.append(annotation | {"bbox": [x, y, width, height], "area": 0.7 * width * height})
             boxes.append((x, y, x + width, y + height, [3, 8, 20].index(category)))
-        found = [(*(np.array(b[:4]) + generator.normal(0, 6, 4)), generator.random(), b[4]) for b in boxes]
+        rows = [(*(np.array(b[:4]) + generator.normal(0, 6, 4)), generator.random(), b[4]) for b in boxes]
         for _ in range(generator.integers(0, 5)):
             x, y, width, height = generator.uniform(5, 140, 4)
-            found.append((x, y, x + width, y + height, generator.random(), generator.integers(0, 3)))
-        table = torch.tensor(np.array(found, np.float32).reshape(-1, 6))
+            rows.append((x, y, x + width, y + height, generator.random(), generator.integers(0, 3)))
+        table = torch.tensor(np.array(rows, np.float32).reshape(-1, 6))
         detections.append({"boxes": table[:, :4], "scores": table[:, 4], "labels": table[:, 5].long() + 1})
     truth = {
         "images": [{"id": 100 - k, "width": 300, "height": 300} for k in range(images)],
         "annotations": annotations,
         "categories": [{"id": c, "name": str(c)} for c in (3, 8, 20)],
     }
-    source = annotate(truth, "here", False, lambda row: Image.new("RGB", (300, 300)))
-    return DetectionSplit(source, list(range(images)), 1), detections
+    source = annotated(truth, read=lambda row: Image.new("RGB", (300, 300)))
+    return DetectionSplit(source, list(range(images)), first_label=1), detections
 
 
-def records_of(detections: list[dict], positions: list[int]) -> list:
-    return record([detections[p] for p in positions], [{"position": p} for p in positions])
+def rows_at(positions: list[int], detections: list[dict]) -> list:
+    """What one process counts that evaluates the images at these positions."""
+    return detection_rows([detections[p] for p in positions], [{"position": p} for p in positions])
+
+
+def in_order(detections: list[dict]) -> list[np.ndarray]:
+    """The detections of a whole split."""
+    return [table for _, table in rows_at(list(range(len(detections))), detections)]
 
 
 def pycocotools(split: DetectionSplit, results: list[dict]) -> np.ndarray:
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = split.source.truth(split.rows)
+        truth.dataset = split.source.ground_truth(split.rows)
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
         evaluation.evaluate()
@@ -74,47 +80,52 @@ def pycocotools(split: DetectionSplit, results: list[dict]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_twelve_numbers_are_cocos_own(seed):
-    split, detections = world_of_boxes(seed=seed)
-    results = coco_results([rows for _, rows in records_of(detections, list(range(13)))], split)
-    numbers = coco_numbers(results, split)
+def test_the_twelve_metrics_are_cocos_own(seed):
+    split, detections = random_boxes(seed=seed)
+    results = coco_results(in_order(detections), split)
+    metrics = coco_metrics(results, split)
     expected = pycocotools(split, results)
-    assert tuple(numbers) == NUMBERS and len(expected) == 12
-    assert list(numbers.values()) == pytest.approx((100 * expected).tolist(), abs=1e-6)
-    assert 5 < numbers["AP50"] < 95, "the example says something"
+    assert tuple(metrics) == COCO_METRICS and len(expected) == 12
+    assert list(metrics.values()) == pytest.approx((100 * expected).tolist(), abs=1e-6)
+    assert 5 < metrics["AP50"] < 95, "the example says something"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_same_numbers_on_any_number_of_processes(world, monkeypatch):
-    split, detections = world_of_boxes()  # 13 images
-    parts = []
+def test_the_same_metrics_on_any_number_of_processes(world, monkeypatch):
+    split, detections = random_boxes()  # 13 images
+    of_processes = []
     for rank in range(world):
-        parts.append([])
-        for batch in SizedBatches(split.sizes, 2, rank, world):
-            parts[-1] += records_of(detections, [position for _, position in batch])
-    monkeypatch.setattr(coco_eval, "gather_object", lambda own: [entry for part in parts for entry in part])
-    numbers = shared_numbers(gather(parts[0], split), split, Accelerator(cpu=True))
-    alone = [rows for _, rows in records_of(detections, list(range(13)))]
-    assert numbers == coco_numbers(coco_results(alone, split), split)
+        rows = []
+        for batch in SameSizeBatches(split.sizes, batch_size=2, rank=rank, world=world):
+            rows += rows_at([position for _, position in batch], detections)
+        of_processes.append(rows)
+    monkeypatch.setattr(metric, "gather_object", lambda own: [entry for rows in of_processes for entry in rows])
+    metrics, gathered = score_detections(of_processes[0], split, Accelerator(cpu=True))
+    alone = in_order(detections)
+    assert metrics == coco_metrics(coco_results(alone, split), split)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(gathered, alone, strict=True))
 
 
 def test_an_image_missing_or_counted_twice_is_an_error():
-    split, detections = world_of_boxes()
+    split, detections = random_boxes()
     for positions in (list(range(12)), [*range(13), 5]):
         with pytest.raises(InputError, match=f"counted {len(positions)} images instead of 13"):
-            gather(records_of(detections, positions), split)
+            gather_detections(rows_at(positions, detections), split)
 
 
 def test_perfect_and_empty_detections():
-    split, _ = world_of_boxes()
-    truth = split.source.truth(split.rows)
-    perfect = [{**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 1.0}
-               for a in truth["annotations"] if not a["iscrowd"]]  # fmt: skip
-    assert coco_numbers(perfect, split)["AP"] == pytest.approx(100)
-    assert coco_numbers([], split)["AP50"] == 0
+    split, _ = random_boxes()
+    truth = split.source.ground_truth(split.rows)
+    perfect = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
+        for a in truth["annotations"]
+        if not a["iscrowd"]
+    ]
+    assert coco_metrics(perfect, split)["AP"] == pytest.approx(100)
+    assert coco_metrics([], split)["AP50"] == 0
     empty = [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}] * 13
-    found = gather(records_of(empty, list(range(13))), split)
-    assert coco_results(found, split) == []
+    detections = gather_detections(rows_at(list(range(13)), empty), split)
+    assert coco_results(detections, split) == []
 
 
 def test_annotation_ids_may_count_from_zero():
@@ -123,23 +134,22 @@ def test_annotation_ids_may_count_from_zero():
     truth["annotations"] = [
         {"id": k, "image_id": 1, "category_id": 1, "bbox": [20 * k, 5, 10, 10], "area": 100} for k in range(2)
     ]
-    split = DetectionSplit(annotate(truth, "here", False, None), [0], 0)
+    split = DetectionSplit(annotated(truth), [0], first_label=0)
     perfect = [{"image_id": 1, "category_id": 1, "bbox": a["bbox"], "score": 1.0} for a in truth["annotations"]]
-    assert coco_numbers(perfect, split)["AP"] == pytest.approx(100)
+    assert coco_metrics(perfect, split)["AP"] == pytest.approx(100)
 
 
 def test_what_is_not_there_is_minus_one_as_in_coco():
     truth = {"images": [{"id": 1, "width": 50, "height": 50}], "categories": [{"id": 1, "name": "a"}]}
     truth["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 10, 10], "area": 100}]
-    split = DetectionSplit(annotate(truth, "here", False, None), [0], 0)
-    numbers = coco_numbers([{"image_id": 1, "category_id": 1, "bbox": [5, 5, 10, 10], "score": 0.5}], split)
-    assert numbers["AP_small"] == pytest.approx(100) and numbers["AP_large"] == -1
+    split = DetectionSplit(annotated(truth), [0], first_label=0)
+    metrics = coco_metrics([{"image_id": 1, "category_id": 1, "bbox": [5, 5, 10, 10], "score": 0.5}], split)
+    assert metrics["AP_small"] == pytest.approx(100) and metrics["AP_large"] == -1
 
 
 def test_detections_have_the_ids_of_the_data(tmp_path):
-    split, detections = world_of_boxes()
-    found = [rows for _, rows in records_of(detections, list(range(13)))]
-    write_detections(tmp_path / "run" / "detections.json", found, split)
+    split, detections = random_boxes()
+    write_detections(tmp_path / "run" / "detections.json", in_order(detections), split)
     results = json.loads((tmp_path / "run" / "detections.json").read_text())
     assert {r["category_id"] for r in results} == {3, 8, 20} and {r["image_id"] for r in results} <= set(split.ids)
     assert not list((tmp_path / "run").glob("*.partial"))
@@ -149,9 +159,8 @@ def test_detections_have_the_ids_of_the_data(tmp_path):
 
 
 def test_pictures_show_truth_and_predictions(tmp_path):
-    split, detections = world_of_boxes()
-    found = [rows for _, rows in records_of(detections, list(range(13)))]
-    draw_predictions(tmp_path / "predictions.png", found, split, count=3)
+    split, detections = random_boxes()
+    draw_predictions(tmp_path / "predictions.png", in_order(detections), split, count=3)
     grid = np.asarray(Image.open(tmp_path / "predictions.png"))
     assert grid.shape[1] > 3 * 256 and grid.shape[0] > 2 * 256
     top, bottom = grid[: len(grid) // 2], grid[len(grid) // 2 :]

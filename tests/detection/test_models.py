@@ -9,12 +9,19 @@ from detection.detectors import KINDS, NAMES, RESNET, SMALL, batch, tiny
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from w2s.detection.backbones import TimmFPN
-from w2s.detection.models import DetectorConfig, build_detector, export, load_detector, read_config
+from w2s.detection.config import DetectorConfig
+from w2s.detection.models import (
+    build_detector,
+    check_buildable,
+    export_detector,
+    load_detector,
+    load_detector_weights,
+    prepare_layout,
+    read_config,
+)
 from w2s.engine.errors import InputError
 
 # ---- torchvision's own ----
@@ -44,26 +51,18 @@ def test_losses_and_detections_are_torchvisions(kind, norm):
     torch.manual_seed(1)
     expected = theirs(images, targets)
     torch.manual_seed(1)
-    losses, seen = ours(images, targets)
-    assert losses.keys() == expected.keys()
-    assert all(torch.equal(losses[name], expected[name]) for name in expected)
-    assert seen.images.tensors.shape[0] == 2
+    losses, view = ours(images, targets)
+    assert tuple(losses) == tuple(expected) == ours.config.kind.losses
+    # the same operations on the same weights, but in modules of timm: no more than rounding of float32 may differ
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    assert view.images.tensors.shape[0] == 2
     gradients = [
         torch.autograd.grad(sum(each.values()), model.backbone.fpn.inner_blocks[0][0].weight)[0]
         for each, model in ((losses, ours), (expected, theirs))
     ]
-    assert torch.equal(*gradients)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
-        for mine, reference in zip(ours.eval()(images), theirs.eval()(images), strict=True):
-            assert all(torch.equal(mine[name], reference[name]) for name in reference)
-
-
-def test_the_default_retinanet_has_torchvisions_anchors():
-    assert DetectorConfig("retinanet", "resnet50", NAMES).anchors() == _default_anchorgen().sizes
-
-
-def test_the_default_faster_rcnn_has_torchvisions_anchors():
-    assert DetectorConfig("fasterrcnn", "resnet50", NAMES).anchors() == ((32,), (64,), (128,), (256,), (512,))
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-4, atol=1e-3)  # 0.001 px
 
 
 # ---- any backbone ----
@@ -83,11 +82,11 @@ def test_any_backbone_trains_and_detects(backbone, kwargs, kind):
     torch.manual_seed(0)
     model = build_detector(tiny(kind, backbone, model_kwargs=kwargs))
     images, targets = batch(model.first_label)
-    losses, seen = model(images, targets)
+    losses, view = model(images, targets)
     sum(losses.values()).backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without, "a parameter without gradient stops DistributedDataParallel"
-    assert all(output.dtype == torch.float32 for output in seen.outputs.values())
+    assert all(output.dtype == torch.float32 for output in view.outputs.values())
     with torch.no_grad():
         assert len(model.eval()(images)) == 2
 
@@ -96,35 +95,12 @@ def test_any_backbone_trains_and_detects(backbone, kwargs, kind):
 def test_anchors_follow_the_strides_of_the_features(strides, extra):
     config = tiny(strides=strides, extra_levels=extra)
     model = build_detector(config)
-    _, seen = model(*batch())
-    maps = model.backbone(seen.images.tensors).values()
-    height, width = seen.images.tensors.shape[-2:]
+    _, view = model(*batch())
+    maps = model.backbone(view.images.tensors).values()
+    height, width = view.images.tensors.shape[-2:]
     assert [(m.shape[-2], m.shape[-1]) for m in maps][: len(strides)] == [(height // s, width // s) for s in strides]
     assert len(maps) == len(config.anchors()) == len(strides) + extra
     assert [sides[0] for sides in config.anchors()] == [4 * strides[0] * 2**k for k in range(len(maps))]
-
-
-def test_trainable_layers_count_from_the_end():
-    def trained(layers: int | None, name: str = "resnet10t", **kwargs) -> set[str]:
-        fpn = TimmFPN(name, [8, 16], width=8, trainable_layers=layers, model_kwargs=kwargs)
-        return {n.partition(".")[0] for n, p in fpn.body.named_parameters() if p.requires_grad}
-
-    assert trained(0, **RESNET) == set()
-    assert trained(3, **RESNET) == {"layer2", "layer3"}  # layer4 is not needed for stride 16
-    assert trained(None, **RESNET) == trained(5, **RESNET) == {"conv1", "bn1", "layer1", "layer2", "layer3"}
-    narrow = {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
-    assert trained(3, "convnext_atto", **narrow) == {"stages_1", "stages_2"}
-
-
-def test_norms():
-    kinds = {}
-    for norm in ("frozen_bn", "bn", "gn"):
-        model = build_detector(tiny(norm=norm))
-        kinds[norm] = {type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__}
-        kinds[norm] -= {"Conv2dNormActivation"}
-    assert kinds == {"frozen_bn": {"FrozenBatchNorm2d"}, "bn": {"BatchNorm2d"}, "gn": {"GroupNorm"}}
-    model = build_detector(tiny(backbone="mobilenetv3_small_050", norm="gn"))  # norm and activation in one module
-    assert not [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
 
 @KINDS
@@ -136,8 +112,8 @@ def test_under_bfloat16_the_anchors_and_head_outputs_stay_float32(kind):
     exact, _ = model(images, targets)
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16):
-        losses, seen = model(images, targets)
-    assert all(output.dtype == torch.float32 for output in seen.outputs.values())
+        losses, view = model(images, targets)
+    assert all(output.dtype == torch.float32 for output in view.outputs.values())
     generator = model.anchor_generator if kind == "retinanet" else model.rpn.anchor_generator
     assert all(cell.dtype == torch.float32 for cell in generator.cell_anchors)
     for name in losses:
@@ -149,16 +125,16 @@ def test_a_deep_copy_keeps_its_own_outputs():
     model = build_detector(tiny())
     twin = copy.deepcopy(model)
     images, targets = batch()
-    _, seen = twin(images, targets)
-    assert not model._kept and not twin._kept
-    assert torch.equal(seen.outputs["cls"], model(images, targets)[1].outputs["cls"])
+    _, view = twin(images, targets)
+    assert not model._recorded and not twin._recorded
+    assert torch.equal(view.outputs["cls"], model(images, targets)[1].outputs["cls"])
 
 
 @KINDS
 def test_an_export_loads_as_it_was(kind, tmp_path):
     torch.manual_seed(0)
     model = build_detector(tiny(kind, norm="gn"))
-    export(model, tmp_path / "run" / "model")
+    export_detector(model, tmp_path / "run" / "model")
     loaded, folder = load_detector(str(tmp_path / "run"))
     assert folder == tmp_path / "run" / "model" and loaded.config == model.config
     images, _ = batch()
@@ -202,6 +178,43 @@ def test_what_cannot_be_built_is_refused_in_one_line(options, message):
     with pytest.raises(InputError, match=message) as error:
         build_detector(tiny(**options))
     assert "\n" not in str(error.value)
+
+
+def test_a_config_is_tried_before_its_classes_are_known():
+    check_buildable(tiny())
+    with pytest.raises(InputError, match="no stride 3"):
+        check_buildable(tiny(strides=[3, 8]))
+
+
+def test_weights_come_from_a_folder_or_a_file(tmp_path):
+    model, other = build_detector(tiny()), build_detector(tiny())
+    export_detector(model, tmp_path / "run" / "model")
+    for path in ("run", "run/model", "run/model/model.safetensors"):
+        load_detector_weights(other, str(tmp_path / path))
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+        for parameter in other.parameters():
+            parameter.data.zero_()
+    (tmp_path / "run" / "model" / "config.json").write_text('{"architecture": "resnet18"}')
+    with pytest.raises(InputError, match="is no detector"):
+        load_detector_weights(other, str(tmp_path / "run"))
+
+
+def test_channels_last_is_the_layout_of_weights_and_images():
+    torch.manual_seed(0)
+    model = build_detector(tiny(norm="gn")).eval()
+    assert prepare_layout(model, channels_last=False) is model
+    images, inputs = torch.rand(2, 3, 64, 96), []
+    with torch.no_grad():
+        expected = model.backbone(images)
+        model = prepare_layout(model, channels_last=True)
+        model.backbone.body.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        features = model.backbone(images)
+    assert inputs[0].is_contiguous(memory_format=torch.channels_last)
+    weights = [p for p in model.parameters() if p.ndim == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    # another kernel adds up in another order, and a dozen layers carry that on: 1e-7 may become 1e-5 of the largest
+    for name, feature in expected.items():
+        torch.testing.assert_close(features[name], feature, rtol=0, atol=1e-4 * feature.abs().max().item())
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path):

@@ -9,126 +9,162 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from w2s.engine.errors import InputError
+from w2s.engine.errors import InputError, first_line, on_one_line
 from w2s.images.models import pretrained_cfg
-
-NORMS = ("frozen_bn", "bn", "gn")
 
 
 class TimmFPN(nn.Module):
-    """A timm feature extractor and torchvision's feature pyramid, named as torchvision's BackboneWithFPN is.
+    """A timm feature extractor and torchvision's feature pyramid, whose weights have the names of torchvision's
+    BackboneWithFPN.
 
     Args:
-        name: timm's.
+        name: timm's name of the backbone.
         strides: of the backbone's levels, ascending.
-        extra_levels: above them: 0, 1 (pooled, as Faster R-CNN has it) or 2 (convolutions, as RetinaNet has them).
-        width: channels of the pyramid.
-        norm: one of NORMS; "gn" also normalises the pyramid.
-        trainable_layers: how many of the backbone's last stages are trained; None: all.
-        model_kwargs: for timm.
+        extra_levels: levels above them: 0, 1 (pooled, as Faster R-CNN has it) or 2 (convolutions, as RetinaNet has
+            them).
+        channels: of the pyramid.
+        norm: "frozen_bn", "bn" or "gn"; "gn" also normalises the pyramid.
+        trainable_layers: how many of the backbone's last stages are trained; None for all.
+        model_kwargs: further arguments of timm's backbone.
         pretrained: start from timm's weights.
 
+    Attributes:
+        memory_format: of the images that the backbone gets; torch.channels_last where the weights have it.
+
     Raises:
-        InputError: the backbone has no such strides, does not take images of any size, or cannot be had.
+        InputError: the backbone cannot be built or loaded, has no such strides, or does not take images of any size.
     """
 
     def __init__(
         self,
         name: str,
         strides: list[int],
+        *,
         extra_levels: int = 0,
-        width: int = 256,
+        channels: int = 256,
         norm: str = "bn",
         trainable_layers: int | None = None,
         model_kwargs: dict | None = None,
         pretrained: bool = False,
     ) -> None:
         super().__init__()
-        self.out_channels = width
-        self.memory_format = torch.preserve_format  # of the images; torch.channels_last where the weights have it
-        info = _features(name, model_kwargs or {}).feature_info.info
-        indices = {entry["reduction"]: k for k, entry in enumerate(info)}  # the last feature of each stride
-        if missing := [s for s in strides if s not in indices]:
-            raise InputError(f"backbone '{name}' has no stride {missing[0]}, it has {sorted(indices)}; see --strides")
-        body = _features(name, model_kwargs or {}, pretrained, out_indices=[indices[s] for s in strides])
+        self.out_channels = channels
+        self.memory_format = torch.preserve_format
+        feature_info = _feature_extractor(name, model_kwargs or {}).feature_info.info
+        indices = {entry["reduction"]: k for k, entry in enumerate(feature_info)}  # the last feature of each stride
+        for stride in strides:
+            if stride not in indices:
+                raise InputError(f"backbone '{name}' has no stride {stride}, it has {sorted(indices)}; see --strides")
+        body = _feature_extractor(
+            name, model_kwargs or {}, pretrained, out_indices=[indices[stride] for stride in strides]
+        )
         self.channels_first = str(getattr(body, "output_fmt", "NCHW")).rpartition(".")[2] == "NCHW"
-        stages = [entry["module"] for entry in info]
-        layers = len(stages) if trainable_layers is None else trainable_layers
-        if layers > len(stages):
-            raise InputError(f"--trainable-layers {layers}: backbone '{name}' has {len(stages)} stages")
-        self.body = _normalised(body, norm)
-        _freeze(self.body, stages, len(stages) - layers)
-        extra = (None, LastLevelMaxPool(), LastLevelP6P7(width, width))[extra_levels]
+        stages = [entry["module"] for entry in feature_info]
+        trained = len(stages) if trainable_layers is None else trainable_layers
+        if trained > len(stages):
+            raise InputError(f"--trainable-layers {trained}: backbone '{name}' has {len(stages)} stages")
+        self.body = _replace_norm(body, norm)
+        _freeze(self.body, stages, len(stages) - trained)
+        extra = (None, LastLevelMaxPool(), LastLevelP6P7(channels, channels))[extra_levels]
         norm_layer = group_norm if norm == "gn" else None
-        self.fpn = FeaturePyramidNetwork(body.feature_info.channels(), width, extra, norm_layer)
-        self._probe(name, strides)
+        self.fpn = FeaturePyramidNetwork(body.feature_info.channels(), channels, extra, norm_layer)
+        self._try_out(name, strides)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Feature maps "0", "1", ... of `width` channels, the finest first, then the extra levels."""
+        """Feature maps "0", "1", ... of `channels` channels, the finest first, then the extra levels."""
         features = self.body(images.to(memory_format=self.memory_format))
         if not self.channels_first:
-            features = [f.permute(0, 3, 1, 2).contiguous() for f in features]
-        return self.fpn({str(k): f for k, f in enumerate(features)})
+            features = [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
+        return self.fpn({str(k): feature for k, feature in enumerate(features)})
 
-    def _probe(self, name: str, strides: list[int]) -> None:
-        """An image that is not square: some architectures take only the size they were made for.
+    def _try_out(self, name: str, strides: list[int]) -> None:
+        """Run an image that is not square through the backbone: some architectures take only the size they were made
+        for.
 
-        Some keep layers that no feature comes from; a parameter without gradient stops DistributedDataParallel.
+        Parameters that get no gradient are frozen: some architectures keep layers that no feature comes from, and
+        DistributedDataParallel does not allow a trained parameter without a gradient.
+
+        Raises:
+            InputError: the backbone fails, or its features have other sizes than the strides say.
         """
         self.eval()
+        height, width = 128, 192
         try:
             with torch.enable_grad():
-                maps = list(self(torch.zeros(1, 3, 128, 192)).values())
+                maps = list(self(torch.zeros(1, 3, height, width)).values())
         except Exception as error:  # assertions and shape errors of all kinds
-            reason = " ".join(str(error).split())[:150]
+            reason = on_one_line(error, limit=150)
             raise InputError(f"backbone '{name}' does not take images of any size: {reason}") from None
         self.train()
-        if [tuple(m.shape[-2:]) for m in maps[: len(strides)]] != [(128 // s, 192 // s) for s in strides]:
-            raise InputError(f"the features of backbone '{name}' have not the strides {strides}")
-        trained = [p for p in self.body.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(sum(m.sum() for m in maps), trained, allow_unused=True) if trained else ()
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.requires_grad_(gradient is not None)
+        sizes = [tuple(feature.shape[-2:]) for feature in maps[: len(strides)]]
+        if sizes != [(height // stride, width // stride) for stride in strides]:
+            raise InputError(f"the features of backbone '{name}' do not have the strides {strides}")
+        trained = [parameter for parameter in self.body.parameters() if parameter.requires_grad]
+        if trained:
+            total = sum(feature.sum() for feature in maps)
+            gradients = torch.autograd.grad(total, trained, allow_unused=True)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.requires_grad_(gradient is not None)
 
 
-def _features(name: str, model_kwargs: dict, pretrained: bool = False, **options: object) -> nn.Module:
-    """timm's feature extractor; one of fixed size (Swin, ViT) is asked for any size in the way it knows."""
-    fixed = pretrained_cfg(name).get("fixed_input_size")
-    for way in ({"strict_img_size": False}, {"dynamic_img_size": True}, {}) if fixed else ({},):
+def _feature_extractor(name: str, model_kwargs: dict, pretrained: bool = False, **options: object) -> nn.Module:
+    """timm's feature extractor. An architecture of fixed size (Swin, ViT) is asked to take any size, by the argument
+    that it knows for this.
+
+    Raises:
+        InputError: it cannot be built, or its weights cannot be loaded.
+    """
+    is_fixed = pretrained_cfg(name).get("fixed_input_size")
+    any_size_arguments = [{"strict_img_size": False}, {"dynamic_img_size": True}, {}] if is_fixed else [{}]
+    for any_size in any_size_arguments:
         try:
-            kwargs = {**way, **model_kwargs, **options}
+            kwargs = {**any_size, **model_kwargs, **options}
             return timm.create_model(name, pretrained=pretrained, features_only=True, **kwargs)
         except Exception as error:  # timm raises whatever its constructors and the hub raise
-            if way and isinstance(error, TypeError):
-                continue
+            if any_size and isinstance(error, TypeError):
+                continue  # the architecture does not know this argument
             what = "cannot load pretrained weights of" if pretrained else "cannot build"
-            reason = (str(error).strip().splitlines() or [""])[0][:300]
-            raise InputError(f"{what} backbone '{name}': {type(error).__name__}: {reason}") from None
-    raise AssertionError("the last way returns or raises")
+            raise InputError(f"{what} backbone '{name}': {type(error).__name__}: {first_line(error)}") from None
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _normalised(module: nn.Module, norm: str) -> nn.Module:
-    """`module` with its BatchNorm frozen, as it is, or replaced by GroupNorm with the same scale and shift."""
+def _replace_norm(module: nn.Module, norm: str) -> nn.Module:
+    """`module` with its BatchNorm frozen ("frozen_bn"), as it is ("bn"), or replaced by GroupNorm with the same scale
+    and shift ("gn")."""
     if norm == "frozen_bn":
         return freeze_batch_norm_2d(module)
-    for name, child in list(module.named_children()) if norm == "gn" else ():
-        if isinstance(child, nn.BatchNorm2d):
-            group = group_norm(child.num_features)
-            group.load_state_dict({k: v for k, v in child.state_dict().items() if k in ("weight", "bias")})
-            acts = (child.drop, child.act) if isinstance(child, BatchNormAct2d) else ()
-            module.set_submodule(name, nn.Sequential(group, *acts) if acts else group)
-        else:
-            _normalised(child, norm)
+    if norm == "gn":
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                module.set_submodule(name, _as_group_norm(child))
+            else:
+                _replace_norm(child, norm)
     return module
 
 
+def _as_group_norm(batch_norm: nn.BatchNorm2d) -> nn.Module:
+    """GroupNorm in place of a BatchNorm, followed by whatever timm's BatchNorm does after normalising."""
+    group = group_norm(batch_norm.num_features)
+    state = batch_norm.state_dict()
+    group.load_state_dict({name: state[name] for name in ("weight", "bias") if name in state})
+    if isinstance(batch_norm, BatchNormAct2d):
+        return nn.Sequential(group, batch_norm.drop, batch_norm.act)
+    return group
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, or as many as divide the channels."""
+    """GroupNorm of 32 groups, or of the largest number below that divides both 32 and the channels."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
 def _freeze(body: nn.Module, stages: list[str], frozen: int) -> None:
-    """Freeze the first stages of a backbone; what comes before the second belongs to the first."""
+    """Freeze the first stages of a backbone. Whatever comes before the second stage belongs to the first.
+
+    Args:
+        body: timm's feature extractor.
+        stages: the names of its stages as timm's feature_info has them.
+        frozen: how many to freeze.
+    """
     prefixes = [f"{stage.replace('.', '_')}_" for stage in stages]  # timm flattens stages.1 to stages_1
     stage = 0
     for name, parameter in body.named_parameters():

@@ -1,104 +1,159 @@
-"""Hugging Face detection sets (an image column and an `objects` column with boxes) in COCO's terms."""
+"""Hugging Face detection sets (a column of images and one of objects with boxes) in COCO's terms."""
 
-from dataclasses import dataclass
+from PIL import Image
 
-from w2s.detection.data import Annotated, annotate
-from w2s.engine.errors import InputError
+from w2s.detection.annotations import AnnotatedImages, annotate
+from w2s.engine.errors import InputError, first_line
 
 CATEGORY_KEYS = ("category", "categories", "category_id", "label", "labels")
 
 
-@dataclass
-class _Part:
-    """A split as it was opened: one entry of lists an image, and under which key its categories are."""
+class _Split:
+    """A split whose objects are a mapping of parallel lists for each image.
 
-    dataset: "datasets.Dataset"  # noqa: F821
-    where: str
-    entries: list[dict[str, list]]
-    category: str
-    names: list[str] | None  # of a ClassLabel
+    Args:
+        name: of the set on the hub, or its folder.
+        split: of the set.
+        image_key, objects_key: its columns.
 
-
-def open_hf(args) -> tuple[Annotated | None, Annotated]:
-    """The training and the reporting split of `--data hfds/NAME_OR_FOLDER`; --eval-only gets None for the former.
+    Attributes:
+        where: names the split in errors.
+        objects: for each image, lists of equal length under `bbox`, `iscrowd`, `area` and `category_key`.
+        category_key: the key under which the objects have their classes.
+        class_names: of a ClassLabel, or None.
 
     Raises:
-        InputError: one cannot be opened, columns are missing, or its annotations are refused by `annotate`.
+        InputError: it cannot be opened, or columns are missing or do not fit each other.
     """
-    report = _open(args, args.val_split)
-    # classes without a ClassLabel are those that either split uses
-    parts = [report] if args.eval_only and report.names else [_open(args, args.train_split), report]
-    used = {label for part in parts for entry in part.entries for label in entry[part.category]}
-    if all(isinstance(label, str) for label in used):
-        names = sorted(used)
-    elif all(isinstance(label, int) and label >= 0 for label in used):
-        names = [str(label) for label in range(max(used) + 1)]
+
+    def __init__(self, name: str, split: str, image_key: str, objects_key: str) -> None:
+        import datasets  # here, because this import takes a second and no other data need it
+
+        self.where, self.image_key = f"split '{split}' of {name}", image_key
+        try:
+            self.dataset = datasets.load_dataset(name, split=split)
+        except Exception as error:  # the hub and the builders raise many kinds
+            raise InputError(f"cannot open {self.where}: {type(error).__name__}: {first_line(error)}") from None
+        for key in (image_key, objects_key):
+            if key not in self.dataset.column_names:
+                columns = ", ".join(self.dataset.column_names)
+                raise InputError(f"{self.where} has no column '{key}', but {columns}; see --input-key and --target-key")
+        self.objects = [_as_lists(objects) for objects in self.dataset[objects_key]]
+        keys = {key for objects in self.objects for key in objects}
+        self.category_key = next((key for key in CATEGORY_KEYS if key in keys), None)
+        if "bbox" not in keys or self.category_key is None:
+            raise InputError(
+                f"{self.where}: '{objects_key}' has {sorted(keys)}, not bbox and one of {', '.join(CATEGORY_KEYS)}"
+            )
+        self._complete_objects()
+        self.class_names = _class_names(self.dataset.features[objects_key], self.category_key)
+
+    def _complete_objects(self) -> None:
+        """Fill in what is optional, and check that the lists of an image are equally long.
+
+        Raises:
+            InputError: they are not.
+        """
+        for row, objects in enumerate(self.objects):
+            objects["bbox"] = objects.get("bbox") or []
+            objects[self.category_key] = objects.get(self.category_key) or []
+            count = len(objects["bbox"])
+            objects["iscrowd"] = objects.get("iscrowd") or objects.get("is_crowd") or [0] * count
+            objects["area"] = objects.get("area") or [None] * count
+            for key in (self.category_key, "iscrowd", "area"):
+                if len(objects[key]) != count:
+                    raise InputError(
+                        f"{self.where}: row {row} has {count} boxes, but {len(objects[key])} under '{key}'"
+                    )
+
+    def read(self, row: int) -> Image.Image:
+        """The RGB image of a row."""
+        return self.dataset[row][self.image_key].convert("RGB")
+
+    def images(self) -> list[dict]:
+        """id, width and height of each image: from columns of these names, or else the row and the decoded image."""
+        present = self.dataset.column_names
+        ids = self.dataset["image_id"] if "image_id" in present else range(len(self.dataset))
+        if "width" in present and "height" in present:
+            sizes = zip(self.dataset["width"], self.dataset["height"], strict=True)
+        else:
+            sizes = (image.size for image in self.dataset[self.image_key])
+        return [
+            {"id": image_id, "width": width, "height": height}
+            for image_id, (width, height) in zip(ids, sizes, strict=True)
+        ]
+
+    def annotated(self, classes: list[str], *, bbox_format: str, fix_boxes: bool) -> AnnotatedImages:
+        """The split in COCO's terms; for the arguments see `open_hf`."""
+        images, annotations = self.images(), []
+        for image, objects in zip(images, self.objects, strict=True):
+            columns = (objects["bbox"], objects[self.category_key], objects["iscrowd"], objects["area"])
+            for box, category, is_crowd, area in zip(*columns, strict=True):
+                if bbox_format == "xyxy" and box and len(box) == 4 and None not in box:
+                    box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image["id"],
+                        "category_id": classes.index(category) if isinstance(category, str) else category,
+                        "bbox": box,
+                        "iscrowd": is_crowd,
+                        "area": area,
+                    }
+                )
+        categories = [{"id": label, "name": name} for label, name in enumerate(classes)]
+        truth = {"images": images, "annotations": annotations, "categories": categories}
+        return annotate(truth, where=self.where, fix_boxes=fix_boxes, read=self.read)
+
+
+def open_hf(
+    name: str,
+    *,
+    train_split: str,
+    report_split: str,
+    image_key: str,
+    objects_key: str,
+    bbox_format: str,
+    fix_boxes: bool,
+    with_train: bool,
+) -> tuple[AnnotatedImages | None, AnnotatedImages]:
+    """The training and the reporting split of a Hugging Face set; None for the former unless `with_train`.
+
+    Args:
+        name: of the set on the hub, or its folder.
+        train_split, report_split: names of the splits.
+        image_key, objects_key: columns of the images and of their objects.
+        bbox_format: "xywh" (corner and size) or "xyxy" (two corners).
+        fix_boxes: see `annotate`.
+        with_train: whether training images are needed.
+
+    Raises:
+        InputError: a split cannot be opened, columns are missing, or `annotate` refuses the annotations.
+    """
+    report = _Split(name, report_split, image_key, objects_key)
+    if with_train or report.class_names is None:
+        # without a ClassLabel the classes are those that either split uses
+        splits = [_Split(name, train_split, image_key, objects_key), report]
     else:
-        names = []
-    if not names and any(part.names is None for part in parts):
-        raise InputError(f"{parts[0].where}: '{parts[0].category}' has to hold strings, or numbers from 0")
-    train = None if args.eval_only else _annotated(parts[0], parts[0].names or names, args)
-    return train, _annotated(report, report.names or names, args)
-
-
-def _open(args, split: str) -> _Part:
-    import datasets
-
-    name = args.data.partition("/")[2]
-    where = f"split '{split}' of {name}"
-    try:
-        dataset = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub and the builders raise many kinds
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        raise InputError(f"cannot open {where}: {type(error).__name__}: {reason}") from None
-    image_key, objects_key = args.input_key or "image", args.target_key or "objects"
-    if missing := [key for key in (image_key, objects_key) if key not in dataset.column_names]:
-        there = ", ".join(dataset.column_names)
-        raise InputError(f"{where} has no column '{missing[0]}', but {there}; see --input-key and --target-key")
-    entries = [_by_key(entry) for entry in dataset[objects_key]]
-    keys = {key for entry in entries for key in entry}
-    category = next((key for key in CATEGORY_KEYS if key in keys), None)
-    if "bbox" not in keys or category is None:
-        raise InputError(f"{where}: '{objects_key}' has {sorted(keys)}, not bbox and one of {', '.join(CATEGORY_KEYS)}")
-    for row, entry in enumerate(entries):
-        entry["bbox"], entry[category] = entry.get("bbox") or [], entry.get(category) or []
-        boxes = len(entry["bbox"])
-        entry["iscrowd"] = entry.get("iscrowd") or entry.get("is_crowd") or [0] * boxes
-        entry["area"] = entry.get("area") or [None] * boxes
-        for key in (category, "iscrowd", "area"):
-            if len(entry[key]) != boxes:
-                raise InputError(f"{where}: row {row} has {boxes} boxes, but {len(entry[key])} under '{key}'")
-    return _Part(dataset, where, entries, category, _class_names(dataset.features[objects_key], category))
-
-
-def _annotated(part: _Part, names: list[str], args) -> Annotated:
-    image_key = args.input_key or "image"
-    truth = {"images": _images(part.dataset, image_key), "annotations": []}
-    truth["categories"] = [{"id": label, "name": name} for label, name in enumerate(names)]
-    for image, entry in zip(truth["images"], part.entries, strict=True):
-        columns = (entry["bbox"], entry[part.category], entry["iscrowd"], entry["area"])
-        for box, label, crowd, area in zip(*columns, strict=True):
-            if args.bbox_format == "xyxy" and box and len(box) == 4 and None not in box:
-                box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-            number, label = len(truth["annotations"]) + 1, names.index(label) if isinstance(label, str) else label
-            annotation = {"id": number, "image_id": image["id"], "category_id": label, "bbox": box}
-            truth["annotations"].append(annotation | {"iscrowd": crowd, "area": area})
-    return annotate(truth, part.where, args.fix_boxes, lambda row: part.dataset[row][image_key].convert("RGB"))
-
-
-def _images(dataset, image_key: str) -> list[dict]:
-    """id, width and height: columns where there are such, else the row number and the image itself."""
-    columns = {key: dataset[key] for key in ("image_id", "width", "height") if key in dataset.column_names}
-    ids = columns.get("image_id", range(len(dataset)))
-    if "width" in columns and "height" in columns:
-        sizes = zip(columns["width"], columns["height"], strict=True)
+        splits = [report]
+    used = {category for split in splits for objects in split.objects for category in objects[split.category_key]}
+    if all(isinstance(category, str) for category in used):
+        used_names = sorted(used)
+    elif all(isinstance(category, int) and category >= 0 for category in used):
+        used_names = [str(label) for label in range(max(used) + 1)]
     else:
-        sizes = (image.size for image in dataset[image_key])
-    return [{"id": key, "width": width, "height": height} for key, (width, height) in zip(ids, sizes, strict=True)]
+        used_names = []
+    if not used_names and any(split.class_names is None for split in splits):
+        raise InputError(f"{splits[0].where}: '{splits[0].category_key}' has to hold strings, or numbers from 0")
+    annotated = [
+        split.annotated(split.class_names or used_names, bbox_format=bbox_format, fix_boxes=fix_boxes)
+        for split in (splits if with_train else [report])
+    ]
+    return (annotated[0] if with_train else None), annotated[-1]
 
 
-def _by_key(objects: dict | list[dict]) -> dict[str, list]:
-    """A list of objects as lists of their properties."""
+def _as_lists(objects: dict | list[dict]) -> dict[str, list]:
+    """The objects of an image as parallel lists, also where they are stored as a list of objects."""
     if isinstance(objects, dict):
         return dict(objects)
     return {key: [entry[key] for entry in objects] for key in (objects[0] if objects else ())}
@@ -106,7 +161,7 @@ def _by_key(objects: dict | list[dict]) -> dict[str, list]:
 
 def _class_names(feature: object, key: str) -> list[str] | None:
     """The names of a ClassLabel inside a sequence of structures or a structure of sequences."""
-    for _ in range(3):
+    for _ in range(3):  # sequence, structure, sequence: a ClassLabel lies no deeper
         if hasattr(feature, "names"):
             return list(feature.names)
         feature = feature.get(key) if isinstance(feature, dict) else getattr(feature, "feature", None)

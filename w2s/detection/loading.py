@@ -1,7 +1,7 @@
 """How images with boxes are served: torchvision's transforms, batches of one aspect ratio, loaders.
 
-Randomness is stateless, as in `loading`: the order of an epoch is a function of (seed, epoch), the augmentation of an
-image of (seed, epoch, image).
+Randomness has no state, as in `w2s.engine.randomness`: the order of an epoch is a function of (seed, epoch), and the
+augmentation of an image is a function of (seed, epoch, image).
 """
 
 from collections.abc import Callable, Iterator
@@ -10,32 +10,38 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from w2s.engine.errors import InputError
+from w2s.detection.annotations import AnnotatedImages
+from w2s.engine.errors import InputError, on_one_line
 from w2s.engine.loading import EpochBatches, loader_options, to_device
 from w2s.engine.randomness import evenly_spread, own_randomness, seed_augmentation
 
-ASPECT_BINS = 2.0 ** np.linspace(-1, 1, 7)  # of width over height, as in torchvision's reference
+ASPECT_BINS = 2.0 ** np.linspace(-1, 1, 7)  # borders of width over height, as in torchvision's reference
 
 
 class DetectionSplit(Dataset):
     """Some annotated images under one transform.
 
     Args:
-        source: an `Annotated`.
-        rows: which images, in this order.
-        first_label: what the detector calls the first class.
-        transform: (image, target) -> (image, target); None: none.
+        source: the annotated images.
+        rows: which of them, in this order.
+        first_label: the number that the detector gives the first class.
+        transform: (image, target) -> (image, target); None to convert the image to floats and nothing else.
         seed: of the augmentation; None for a transform without randomness.
+
+    Attributes:
+        sizes: (width, height) of each image in pixels.
+        ids: of the images in the data.
     """
 
     def __init__(
         self,
-        source: "w2s.detection.data.Annotated",  # noqa: F821
+        source: AnnotatedImages,
         rows: list[int],
         first_label: int,
         transform: Callable | None = None,
@@ -60,13 +66,13 @@ class DetectionSplit(Dataset):
             return items
 
     def item(self, position: int) -> tuple[torch.Tensor, dict]:
-        """Image (3, H, W) in 0..1, and {boxes (n, 4) in its pixels, labels (n,), position}.
+        """Image (3, H, W) in 0..1, and a target: boxes (n, 4) in pixels of the image, labels (n,), position.
 
         Raises:
-            InputError: the image is missing or corrupt; it is named.
+            InputError: see `read_checked_image`.
         """
         row = self.rows[position]
-        image = tv_tensors.Image(v2.functional.pil_to_tensor(read_checked(self.source, row)))
+        image = tv_tensors.Image(v2.functional.pil_to_tensor(read_checked_image(self.source, row)))
         boxes = torch.from_numpy(self.source.boxes[row])
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
         labels = torch.from_numpy(self.source.labels[row]) + self.first_label
@@ -75,24 +81,48 @@ class DetectionSplit(Dataset):
         return image.as_subclass(torch.Tensor), {**target, "position": position}
 
 
-def train_transform(args) -> v2.Transform:
-    """Flip, scale jitter or large-scale jitter (Ghiasi et al., arXiv 2012.07177), photometric distortion (SSD)."""
-    parts = [v2.RandomPhotometricDistort()] if args.photometric else []
-    if args.lsj:
-        size = (args.lsj, args.lsj)
-        parts += [v2.ScaleJitter(size, antialias=True), v2.RandomCrop(size, pad_if_needed=True, fill=127)]
-    elif args.scale_jitter:
-        low, high = args.scale_jitter
-        parts.append(v2.RandomShortestSize(list(range(low, high + 1, 32)), max_size=args.max_size, antialias=True))
-    parts += [v2.RandomHorizontalFlip(args.hflip), v2.ToDtype(torch.float32, scale=True)]
-    return v2.Compose([*parts, v2.SanitizeBoundingBoxes(min_size=1.0)] if args.lsj else parts)
+def detection_transform(
+    *,
+    hflip: float,
+    photometric: bool = False,
+    lsj: int | None = None,
+    scale_jitter: tuple[int, int] | None = None,
+    max_size: int | None = None,
+) -> v2.Transform:
+    """The augmentation of images with boxes, by torchvision's transforms.
+
+    Args:
+        hflip: probability of a horizontal flip.
+        photometric: distort colours, as SSD does (Liu et al. 2016, arXiv 1512.02325).
+        lsj: large-scale jitter (Ghiasi et al. 2021, arXiv 2012.07177) on a square canvas of so many pixels.
+        scale_jitter: without `lsj`: lowest and highest length of the shorter side in pixels.
+        max_size: with `scale_jitter`: highest length of the longer side in pixels.
+    """
+    parts = [v2.RandomPhotometricDistort()] if photometric else []
+    if lsj:
+        canvas = (lsj, lsj)
+        parts += [v2.ScaleJitter(canvas, antialias=True), v2.RandomCrop(canvas, pad_if_needed=True, fill=127)]
+    elif scale_jitter:
+        low, high = scale_jitter
+        parts.append(v2.RandomShortestSize(list(range(low, high + 1, 32)), max_size=max_size, antialias=True))
+    parts += [v2.RandomHorizontalFlip(hflip), v2.ToDtype(torch.float32, scale=True)]
+    if lsj:
+        parts.append(v2.SanitizeBoundingBoxes(min_size=1.0))
+    return v2.Compose(parts)
 
 
 class GroupedBatches(EpochBatches):
-    """Epochs whose global batches hold images of one group (an aspect ratio) each, but for what is left at the end."""
+    """Epochs whose global batches hold images of one group (an aspect ratio) each, except those left at the end.
 
-    def __init__(self, groups: list[int], *args: int, **kwargs: int) -> None:
-        super().__init__(len(groups), *args, **kwargs)
+    Args:
+        groups: the group of each image.
+        batch_size, batches, seed, rank, world: see `EpochBatches`.
+    """
+
+    def __init__(
+        self, groups: list[int], *, batch_size: int, batches: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        super().__init__(len(groups), batch_size=batch_size, batches=batches, seed=seed, rank=rank, world=world)
         self.groups = groups
 
     def order(self, epoch: int) -> list[int]:
@@ -106,19 +136,24 @@ class GroupedBatches(EpochBatches):
         return full + [position for queue in waiting.values() for position in queue]
 
 
-class SizedBatches:
-    """Batches of images of one size, dealt to the processes in turn; each image once.
+class SameSizeBatches:
+    """Batches of images of one size, dealt to the processes in turn, each image once.
 
-    So no image is padded for another's sake, and what a detector sees depends neither on the number of processes nor
-    on the batch size.
+    No image is padded to match another one. So what a detector sees depends neither on the number of processes nor on
+    the batch size.
+
+    Args:
+        sizes: (width, height) of each image.
+        batch_size: images of a batch at most.
+        rank, world: this process and how many there are.
     """
 
-    def __init__(self, sizes: list[tuple[int, int]], batch_size: int, rank: int = 0, world: int = 1) -> None:
-        order = sorted(range(len(sizes)), key=lambda position: (sizes[position], position))
+    def __init__(self, sizes: list[tuple[int, int]], *, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        by_size = sorted(range(len(sizes)), key=lambda position: (sizes[position], position))
         batches = []
-        for _, same in groupby(order, key=lambda position: sizes[position]):
-            same = list(same)
-            batches += [same[k : k + batch_size] for k in range(0, len(same), batch_size)]
+        for _, group in groupby(by_size, key=lambda position: sizes[position]):
+            positions = list(group)
+            batches += [positions[k : k + batch_size] for k in range(0, len(positions), batch_size)]
         self.batches = batches[rank::world]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -128,61 +163,91 @@ class SizedBatches:
         return len(self.batches)
 
 
-def train_batches(dataset: DetectionSplit, args, accelerator, start: int, batches: int) -> Iterator:
-    """Endless (images, targets), lists, on this process's device, from micro-batch `start` of the run on, `batches` an
-    epoch."""
-    groups = [int(np.searchsorted(ASPECT_BINS, width / height, side="right")) for width, height in dataset.sizes]
+def train_batches(
+    dataset: DetectionSplit,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    batches_per_epoch: int,
+    start: int,
+    seed: int,
+    workers: int,
+    group_aspect: bool,
+) -> Iterator[tuple[list[torch.Tensor], list[dict]]]:
+    """Endless batches of images and targets (see `DetectionSplit.item`) on this process's device.
+
+    Args:
+        dataset: the training split.
+        accelerator: says which process this is, and its device.
+        batch_size: images of a micro-batch of this process.
+        batches_per_epoch: micro-batches of an epoch.
+        start: the micro-batch of the run to begin with.
+        seed: of the order.
+        workers: loader processes.
+        group_aspect: put images of similar aspect ratio into a batch.
+    """
+    if group_aspect:
+        groups = [int(np.searchsorted(ASPECT_BINS, width / height, side="right")) for width, height in dataset.sizes]
+    else:
+        groups = [0] * len(dataset)
     sampler = GroupedBatches(
-        *(groups if args.group_aspect else [0] * len(groups), args.batch_size, batches, args.seed),
+        groups,
+        batch_size=batch_size,
+        batches=batches_per_epoch,
+        seed=seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
     sampler.start = start
-    return to_device(_loader(dataset, sampler, args, accelerator), accelerator.device)
+    return to_device(_loader(dataset, sampler, accelerator, workers), accelerator.device)
 
 
-def eval_loader(dataset: DetectionSplit, args, accelerator) -> DataLoader:
-    """This process's part of an evaluation split."""
-    batch_size = args.validation_batch_size or args.batch_size
-    sampler = SizedBatches(dataset.sizes, batch_size, accelerator.process_index, accelerator.num_processes)
-    return _loader(dataset, sampler, args, accelerator)
+def eval_loader(dataset: DetectionSplit, accelerator: Accelerator, *, batch_size: int, workers: int) -> DataLoader:
+    """This process's part of an evaluation split, as batches of images and targets on the CPU."""
+    sampler = SameSizeBatches(
+        dataset.sizes, batch_size=batch_size, rank=accelerator.process_index, world=accelerator.num_processes
+    )
+    return _loader(dataset, sampler, accelerator, workers)
 
 
-def _loader(dataset: DetectionSplit, sampler, args, accelerator) -> DataLoader:
-    generator = torch.Generator().manual_seed(args.seed)  # a loader without one draws from the global generator
-    options = loader_options(workers=args.workers, device=accelerator.device)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_lists, generator=generator, **options)
+def _loader(
+    dataset: DetectionSplit, sampler: EpochBatches | SameSizeBatches, accelerator: Accelerator, workers: int
+) -> DataLoader:
+    generator = torch.Generator().manual_seed(0)  # a loader without one would draw from the global generator
+    options = loader_options(workers=workers, device=accelerator.device)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_detection, generator=generator, **options)
 
 
-def _lists(items: list[tuple[torch.Tensor, dict]]) -> tuple[list[torch.Tensor], list[dict]]:
-    images, targets = zip(*items, strict=True)
-    return list(images), list(targets)
+def collate_detection(items: list[tuple[torch.Tensor, dict]]) -> tuple[list[torch.Tensor], list[dict]]:
+    """Lists of images and targets: images of a batch may differ in size."""
+    return [image for image, _ in items], [target for _, target in items]
 
 
-def check_images(source: "w2s.detection.data.Annotated", rows: list[int], limit: int) -> None:  # noqa: F821
-    """Decode up to `limit` images (all if negative), evenly spread: a corrupt one ends the run before it begins.
+def check_decodable_images(source: AnnotatedImages, rows: list[int], limit: int) -> None:
+    """Decode up to `limit` images (all if negative), evenly spread, so that a corrupt one ends the run at once.
 
     Raises:
-        InputError: an image is corrupt or not of the size its annotation gives; it is named.
+        InputError: see `read_checked_image`.
     """
+    chosen = [rows[position] for position in evenly_spread(len(rows), limit)]
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda position: read_checked(source, rows[position]), evenly_spread(len(rows), limit)):
+        for _ in pool.map(lambda row: read_checked_image(source, row), chosen):
             pass
 
 
-def read_checked(source: "w2s.detection.data.Annotated", row: int) -> Image.Image:  # noqa: F821
-    """The image of a row.
+def read_checked_image(source: AnnotatedImages, row: int) -> Image.Image:
+    """The RGB image of a row.
 
     Raises:
-        InputError: see `check_images`.
+        InputError: it is missing, corrupt, or of another size than its annotation says; the message names it.
     """
     entry = source.images[row]
     name = entry.get("file_name", f"of id {entry['id']}")
     try:
         image = source.read(row)
     except Exception as error:  # Pillow raises many kinds
-        raise InputError(f"corrupt image {name} of {source.where}: {' '.join(str(error).split())[:200]}") from None
-    if image.size != (entry["width"], entry["height"]):
-        told = entry["width"], entry["height"]
-        raise InputError(f"image {name} is {image.size}, its annotation says {told} in {source.where}")
+        raise InputError(f"corrupt image {name} of {source.where}: {on_one_line(error, limit=200)}") from None
+    annotated_size = entry["width"], entry["height"]
+    if image.size != annotated_size:
+        raise InputError(f"image {name} is {image.size}, its annotation says {annotated_size} in {source.where}")
     return image

@@ -1,4 +1,8 @@
-"""COCO's 12 numbers over a whole split, each image once whatever the processes; detections.json; pictures."""
+"""COCO's 12 metrics over a whole split, each image once whatever the processes; detections.json; pictures.
+
+Detections of a split are a list of arrays, one for each image in the order of the split. The rows of an array are
+x1, y1, x2, y2, score, label: corners in pixels of the image, a probability, and the detector's number of the class.
+"""
 
 import contextlib
 import io
@@ -7,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from torchvision.transforms.v2.functional import resize, to_pil_image
@@ -16,94 +21,131 @@ from w2s.detection.loading import DetectionSplit
 from w2s.engine.errors import InputError
 from w2s.record import replacing
 
-NUMBERS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-NUMBERS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
-TILE = 256  # pixels of a picture in the grid
+COCO_METRICS = (
+    "AP",
+    "AP50",
+    "AP75",
+    "AP_small",
+    "AP_medium",
+    "AP_large",
+    "AR1",
+    "AR10",
+    "AR100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+)
+TILE = 256  # height and width in pixels of an image in a picture's grid
 
 
-def record(detections: list[dict[str, torch.Tensor]], targets: list[dict]) -> list[tuple[int, np.ndarray]]:
-    """Detections of a batch as (position, (n, 6) rows of x1, y1, x2, y2, score, label)."""
+def detection_rows(detections: list[dict[str, torch.Tensor]], targets: list[dict]) -> list[tuple[int, np.ndarray]]:
+    """The positions of a batch's images in their split, each with the rows of its detections (n, 6).
+
+    Args:
+        detections: of a detector, with boxes (n, 4), scores (n,) and labels (n,).
+        targets: of the same images, see `DetectionSplit.item`.
+    """
     rows = [torch.cat([d["boxes"], d["scores"][:, None], d["labels"][:, None]], 1) for d in detections]
-    return [(t["position"], row.double().cpu().numpy()) for t, row in zip(targets, rows, strict=True)]
+    return [(target["position"], table.double().cpu().numpy()) for target, table in zip(targets, rows, strict=True)]
 
 
-def gather(records: list[tuple[int, np.ndarray]], split: DetectionSplit) -> list[np.ndarray]:
-    """The records of all processes, one an image, in the order of the split.
+def gather_detections(rows: list[tuple[int, np.ndarray]], split: DetectionSplit) -> list[np.ndarray]:
+    """The detections of a split, from the `detection_rows` of all batches of all processes.
 
     Raises:
-        InputError: not each image exactly once.
+        InputError: an image is missing or was counted twice.
     """
-    together = sorted(gather_object(records), key=lambda entry: entry[0])
-    if [position for position, _ in together] != list(range(len(split))):
-        raise InputError(f"an evaluation counted {len(together)} images instead of {len(split)}")
-    return [rows for _, rows in together]
+    gathered = sorted(gather_object(rows), key=lambda entry: entry[0])
+    if [position for position, _ in gathered] != list(range(len(split))):
+        raise InputError(f"an evaluation counted {len(gathered)} images instead of {len(split)}")
+    return [table for _, table in gathered]
 
 
-def coco_results(found: list[np.ndarray], split: DetectionSplit) -> list[dict]:
-    """Detections in COCO's result format, with the ids of the data."""
-    ids = split.source.category_ids
+def coco_results(detections: list[np.ndarray], split: DetectionSplit) -> list[dict]:
+    """The detections of a split in COCO's result format, with the ids of the data."""
+    category_ids = split.source.category_ids
     return [
         {
             "image_id": image_id,
-            "category_id": ids[int(label) - split.first_label],
+            "category_id": category_ids[int(label) - split.first_label],
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": score,
         }
-        for image_id, rows in zip(split.ids, found, strict=True)
+        for image_id, rows in zip(split.ids, detections, strict=True)
         for x1, y1, x2, y2, score, label in rows.tolist()
     ]
 
 
-def coco_numbers(results: list[dict], split: DetectionSplit) -> dict[str, float]:
-    """The 12 numbers in percent; -1 where there is nothing to find (COCO's own sign), as no large objects."""
-    truth, found = COCO(split.source.truth(split.rows)), None
+def coco_metrics(results: list[dict], split: DetectionSplit) -> dict[str, float]:
+    """The 12 metrics in percent, by the names of COCO_METRICS; -1, as COCO has it, where there is nothing to find, such
+    as large objects."""
+    truth = COCO(split.source.ground_truth(split.rows))
     with contextlib.redirect_stdout(io.StringIO()):
-        found = truth.loadRes(results)
-        evaluation = COCOeval_faster(truth, found, "bbox")
+        evaluation = COCOeval_faster(truth, truth.loadRes(results), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     values = np.asarray(evaluation.stats[:12], float)
-    return dict(zip(NUMBERS, np.where(values < 0, -1, 100 * values).tolist(), strict=True))
+    return dict(zip(COCO_METRICS, np.where(values < 0, -1, 100 * values).tolist(), strict=True))
 
 
-def shared_numbers(found: list[np.ndarray], split: DetectionSplit, accelerator) -> dict[str, float]:
-    """`coco_numbers` computed by the main process, for all of them."""
-    numbers = [coco_numbers(coco_results(found, split), split) if accelerator.is_main_process else None]
-    return broadcast_object_list(numbers)[0]
+def score_detections(
+    rows: list[tuple[int, np.ndarray]], split: DetectionSplit, accelerator: Accelerator
+) -> tuple[dict[str, float], list[np.ndarray]]:
+    """The `coco_metrics` of a split, the same on all processes, and its detections.
+
+    Args:
+        rows: the `detection_rows` of all batches of this process.
+        split: the split.
+        accelerator: says which process computes the metrics.
+
+    Raises:
+        InputError: see `gather_detections`.
+    """
+    detections = gather_detections(rows, split)
+    metrics = [coco_metrics(coco_results(detections, split), split) if accelerator.is_main_process else None]
+    return broadcast_object_list(metrics)[0], detections
 
 
-def write_detections(path: Path, found: list[np.ndarray], split: DetectionSplit) -> None:
-    """detections.json, as COCO's tools and servers take it."""
+def write_detections(path: Path, detections: list[np.ndarray], split: DetectionSplit) -> None:
+    """Write the detections of a split as COCO's tools and evaluation server take them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        json.dump(coco_results(found, split), file)
+        json.dump(coco_results(detections, split), file)
 
 
 def draw_predictions(
-    path: Path, found: list[np.ndarray], split: DetectionSplit, count: int = 8, threshold: float = 0.3
+    path: Path, detections: list[np.ndarray], split: DetectionSplit, *, count: int = 8, threshold: float = 0.3
 ) -> None:
-    """Write a grid of the first images: ground truth above, detections with a score of `threshold` or more below."""
-    rows: list[list[torch.Tensor]] = [[], []]
-    names = split.source.names
+    """Write a PNG of the first images of a split: above the ground truth, below the detections.
+
+    Args:
+        path: of the file.
+        detections: of the whole split.
+        split: the split.
+        count: number of images at most.
+        threshold: detections with a lower score are left out.
+    """
+    classes, first_label = split.source.classes, split.first_label
+    with_truth, with_detections = [], []
     for position in range(min(count, len(split))):
         image, target = split.item(position)
-        pixels = (image * 255).to(torch.uint8)
-        seen = found[position][found[position][:, 4] >= threshold]
-        labels = [names[label - split.first_label] for label in target["labels"].tolist()]
-        rows[0].append(_drawn(pixels, target["boxes"], labels, "lime"))
-        texts = [f"{names[int(label) - split.first_label]} {score:.2f}" for score, label in seen[:, 4:].tolist()]
-        rows[1].append(_drawn(pixels, torch.from_numpy(seen[:, :4]), texts, "orange"))
+        image = (image * 255).to(torch.uint8)
+        texts = [classes[label - first_label] for label in target["labels"].tolist()]
+        with_truth.append(_tile(image, target["boxes"], texts, "lime"))
+        rows = detections[position][detections[position][:, 4] >= threshold]
+        texts = [f"{classes[int(label) - first_label]} {score:.2f}" for score, label in rows[:, 4:].tolist()]
+        with_detections.append(_tile(image, torch.from_numpy(rows[:, :4]), texts, "orange"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "wb") as file:
-        to_pil_image(make_grid(rows[0] + rows[1], nrow=len(rows[0]))).save(file, format="PNG")
+        to_pil_image(make_grid(with_truth + with_detections, nrow=len(with_truth))).save(file, format="PNG")
 
 
-def _drawn(pixels: torch.Tensor, boxes: torch.Tensor, labels: list[str], colour: str) -> torch.Tensor:
-    """An image with boxes, its longer side TILE pixels, padded to a square."""
-    height, width = pixels.shape[-2:]
+def _tile(image: torch.Tensor, boxes: torch.Tensor, texts: list[str], colour: str) -> torch.Tensor:
+    """An image (3, H, W) with boxes and their texts, its longer side resized to TILE pixels, padded to a square."""
+    height, width = image.shape[-2:]
     scale = TILE / max(height, width)
-    pixels = resize(pixels, [max(round(height * scale), 1), max(round(width * scale), 1)], antialias=True)
+    image = resize(image, [max(round(height * scale), 1), max(round(width * scale), 1)], antialias=True)
     if len(boxes):
-        pixels = draw_bounding_boxes(pixels, boxes * scale, labels, colour)
-    return torch.nn.functional.pad(pixels, (0, TILE - pixels.shape[-1], 0, TILE - pixels.shape[-2]))
+        image = draw_bounding_boxes(image, boxes * scale, texts, colour)
+    return torch.nn.functional.pad(image, (0, TILE - image.shape[-1], 0, TILE - image.shape[-2]))

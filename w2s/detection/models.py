@@ -1,20 +1,18 @@
 """Detectors: any timm backbone -> torchvision's FPN -> torchvision's RetinaNet or Faster R-CNN.
 
-A forward in training gives torchvision's own losses, and beside them what the distillation terms need (`Seen`): the
-batch as the student resized it, its head outputs, the proposals it sampled.
+In training a forward returns torchvision's own losses and, beside them, what the distillation terms need: a
+`StudentView` with the batch as the student resized it, its head outputs, and the proposals that it sampled.
 """
 
 import dataclasses
-import inspect
 import json
-import math
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -24,222 +22,201 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 
-from w2s.detection.backbones import NORMS, TimmFPN, group_norm
-from w2s.engine.errors import InputError
+from w2s.detection.backbones import TimmFPN, group_norm
+from w2s.detection.config import DetectorConfig, check_detector_kwargs
+from w2s.engine.errors import InputError, on_one_line
 from w2s.engine.files import replacing_folder
 from w2s.images.models import find_model, load_weights, pretrained_cfg
 
-# strides of the backbone's levels, levels above them, anchor side over stride: as torchvision builds them
-DEFAULTS = {"retinanet": ([8, 16, 32], 2, 4.0), "fasterrcnn": ([4, 8, 16, 32], 1, 8.0)}
-OWN = ("backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "anchor_generator", "head")
-OWN += ("proposal_matcher",)
-OWN += ("rpn_anchor_generator", "rpn_head", "box_roi_pool", "box_head", "box_predictor")  # of a detector's arguments
-TERMS = {"retinanet": ("cls", "box"), "fasterrcnn": ("rpn_cls", "rpn_box", "roi_cls", "roi_box")}
 
+class StudentView(NamedTuple):
+    """What the student made of a batch in training: all that a teacher and the distillation terms need of it.
 
-@dataclass
-class DetectorConfig:
-    """All that builds a detector but its weights; config.json of an export.
-
-    `classes` are names, in the order of the labels. None and [] stand for the detector's defaults.
+    Attributes:
+        images: the batch as the student resized, normalised and padded it.
+        outputs: the raw outputs of its heads, float32, by the names of `DetectorKind.terms`.
+        proposals: for Faster R-CNN the boxes (n, 4) of each image that were sampled for the RoI head, in pixels of
+            `images`; None for RetinaNet.
     """
 
-    detector: str
-    backbone: str
-    classes: list[str]
-    norm: str = "bn"
-    strides: list[int] = field(default_factory=list)
-    extra_levels: int | None = None
-    anchor_scale: float | None = None
-    fpn_channels: int = 256
-    min_size: int = 800
-    max_size: int = 1333
-    trainable_layers: int | None = None
-    model_kwargs: dict = field(default_factory=dict)
-    detector_kwargs: dict = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.detector not in DEFAULTS:
-            raise InputError(f"unknown detector '{self.detector}': there are {' and '.join(DEFAULTS)}")
-        strides, extra, scale = DEFAULTS[self.detector]
-        self.strides = sorted(self.strides or strides)
-        self.extra_levels = extra if self.extra_levels is None else self.extra_levels
-        self.anchor_scale = scale if self.anchor_scale is None else self.anchor_scale
-        if not 1 <= self.anchor_scale * self.strides[0] < 2**16:
-            raise InputError(f"--anchor-scale {self.anchor_scale:g}: no side in pixels on stride {self.strides[0]}")
-        if self.extra_levels not in (0, 1, 2):
-            raise InputError(f"--extra-levels {self.extra_levels}: 0, 1 (pooled) or 2 (convolutions)")
-        if self.norm not in NORMS:
-            raise InputError(f"--norm {self.norm}: {', '.join(NORMS)}")
-        if self.min_size > self.max_size:
-            raise InputError(f"--min-size {self.min_size} is above --max-size {self.max_size}")
-
-    def anchors(self) -> tuple[tuple[int, ...], ...]:
-        """Anchor sides in pixels, level by level: proportional to the strides, three a level for RetinaNet."""
-        strides = self.strides + [self.strides[-1] * 2**k for k in range(1, self.extra_levels + 1)]
-        octaves = (0, 1 / 3, 2 / 3) if self.detector == "retinanet" else (0,)
-        return tuple(tuple(int(int(self.anchor_scale * s) * 2**octave) for octave in octaves) for s in strides)
-
-
-class Seen(NamedTuple):
-    """What a training forward leaves for the distillation terms."""
-
-    images: ImageList  # resized, normalised and padded by the student
-    outputs: dict[str, Tensor]  # raw outputs of the heads, float32, by the names of TERMS
-    proposals: list[Tensor] | None  # Faster R-CNN: those sampled for the RoI head, in the pixels of `images`
+    images: ImageList
+    outputs: dict[str, Tensor]
+    proposals: list[Tensor] | None
 
 
 class _Float32Anchors(AnchorGenerator):
-    """torchvision's takes the features' type: in bfloat16 a coordinate of 600 would be rounded to multiples of 4."""
+    """Anchors in float32: torchvision's take the type of the features, and bfloat16 rounds 601 to a multiple of 4."""
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
         super().set_cell_anchors(torch.float32, device)
 
 
-class _Watched(nn.Module):
-    """Keeps what the terms need while torchvision's own forward runs; head outputs are float32 from there on."""
+class _RecordingDetector(nn.Module):
+    """Records what a `StudentView` holds while torchvision's own forward runs, and converts head outputs to float32."""
 
-    def _watch(self, **modules: nn.Module) -> None:
-        self._kept = {}
+    config: DetectorConfig  # set by `build_detector`
+
+    @property
+    def first_label(self) -> int:
+        """The label of the first class."""
+        return self.config.kind.first_label
+
+    def _record_from(self, **modules: nn.Module) -> None:
+        """Record what goes into or comes out of these modules, under the names of the arguments."""
+        self._recorded = {}
         for name, module in modules.items():
-            module.register_forward_hook(partial(self._keep, name))
+            module.register_forward_hook(partial(self._record, name))
 
-    def _keep(self, name: str, module: nn.Module, inputs: tuple, output):
+    def _record(self, name: str, module: nn.Module, inputs: tuple, output: object) -> object:
+        """A forward hook: what it returns takes the place of the module's output."""
         if name == "images":
-            kept = output[0]
+            value = output[0]
         elif name == "proposals":
-            kept = inputs[1]
+            value = inputs[1]
         else:
-            kept = output = _float32(output)
+            value = output = _to_float32(output)
         if self.training:
-            self._kept[name] = kept
+            self._recorded[name] = value
         return output
 
-    def eager_outputs(self, losses: dict[str, Tensor], detections: list[dict[str, Tensor]]):
-        """torchvision's last word of a forward: (losses, Seen) in training, detections otherwise."""
+    def eager_outputs(self, losses: dict[str, Tensor], detections: list[dict[str, Tensor]]) -> object:
+        """What torchvision's forward returns: (losses, StudentView) in training, detections otherwise."""
         if not self.training:
             return detections
-        kept, self._kept = self._kept, {}
-        return losses, Seen(kept["images"], self.name_outputs(kept), kept.get("proposals"))
+        recorded, self._recorded = self._recorded, {}
+        return losses, StudentView(recorded["images"], self.name_outputs(recorded), recorded.get("proposals"))
 
 
-class RetinaNet(_Watched, detection.RetinaNet):
-    """torchvision's RetinaNet; labels count from 0."""
-
-    first_label = 0
-    losses = ("classification", "bbox_regression")  # names of the task's own, in torchvision's order
+class RetinaNet(_RecordingDetector, detection.RetinaNet):
+    """torchvision's RetinaNet."""
 
     def __init__(self, backbone: nn.Module, **kwargs) -> None:
         super().__init__(backbone, **kwargs)
-        self._watch(images=self.transform, heads=self.head)
+        self._record_from(images=self.transform, heads=self.head)
 
     @staticmethod
-    def name_outputs(kept: dict) -> dict[str, Tensor]:
-        """Logits (N, anchors, classes) and deltas (N, anchors, 4)."""
-        return {"cls": kept["heads"]["cls_logits"], "box": kept["heads"]["bbox_regression"]}
+    def name_outputs(recorded: dict) -> dict[str, Tensor]:
+        """The head outputs by their names: logits (N, anchors, classes), deltas (N, anchors, 4)."""
+        return {"cls": recorded["heads"]["cls_logits"], "box": recorded["heads"]["bbox_regression"]}
 
-    def look(self, seen: Seen) -> dict[str, Tensor]:
-        """The head outputs for a batch that another detector transformed."""
-        return self.name_outputs({"heads": self.head(list(self.backbone(seen.images.tensors).values()))})
+    def head_outputs(self, view: StudentView) -> dict[str, Tensor]:
+        """This detector's head outputs for a batch that another one transformed."""
+        features = self.backbone(view.images.tensors)
+        return self.name_outputs({"heads": self.head(list(features.values()))})
 
 
-class FasterRCNN(_Watched, detection.FasterRCNN):
-    """torchvision's Faster R-CNN; labels count from 1, 0 is the background."""
-
-    first_label = 1
-    losses = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+class FasterRCNN(_RecordingDetector, detection.FasterRCNN):
+    """torchvision's Faster R-CNN."""
 
     def __init__(self, backbone: nn.Module, **kwargs) -> None:
         super().__init__(backbone, **kwargs)
-        roi = self.roi_heads
-        self._watch(images=self.transform, rpn=self.rpn.head, proposals=roi.box_roi_pool, roi=roi.box_predictor)
+        self._record_from(
+            images=self.transform,
+            rpn=self.rpn.head,
+            proposals=self.roi_heads.box_roi_pool,
+            roi=self.roi_heads.box_predictor,
+        )
 
     @staticmethod
-    def name_outputs(kept: dict) -> dict[str, Tensor]:
-        """RPN logits (anchors, 1) and deltas (anchors, 4), RoI logits (proposals, classes + 1) and their deltas."""
-        outputs = dict(zip(("rpn_cls", "rpn_box"), concat_box_prediction_layers(*kept["rpn"]), strict=True))
-        return outputs | dict(zip(("roi_cls", "roi_box"), kept["roi"], strict=True))
+    def name_outputs(recorded: dict) -> dict[str, Tensor]:
+        """The head outputs by their names: the RPN's logits (anchors, 1) and deltas (anchors, 4) with the anchors
+        of all images in one dimension, the RoI head's logits (proposals, classes + 1) and deltas of each class."""
+        rpn_logits, rpn_deltas = recorded["rpn"]
+        rpn_cls, rpn_box = concat_box_prediction_layers(rpn_logits, rpn_deltas)
+        roi_cls, roi_box = recorded["roi"]
+        return {"rpn_cls": rpn_cls, "rpn_box": rpn_box, "roi_cls": roi_cls, "roi_box": roi_box}
 
-    def look(self, seen: Seen) -> dict[str, Tensor]:
-        """The head outputs for a batch and proposals of another detector, on this one's own features."""
-        features = self.backbone(seen.images.tensors)
+    def head_outputs(self, view: StudentView) -> dict[str, Tensor]:
+        """This detector's head outputs for a batch and proposals of another one, on its own features."""
+        features = self.backbone(view.images.tensors)
         rpn = self.rpn.head(list(features.values()))
-        pooled = self.roi_heads.box_roi_pool(features, seen.proposals, seen.images.image_sizes)
-        return self.name_outputs({"rpn": rpn, "roi": self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))})
+        pooled = self.roi_heads.box_roi_pool(features, view.proposals, view.images.image_sizes)
+        roi = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
+        return self.name_outputs({"rpn": rpn, "roi": roi})
 
 
-DETECTORS = {"retinanet": RetinaNet, "fasterrcnn": FasterRCNN}
+def _to_float32(output: object) -> object:
+    """Head outputs in float32: a tensor, or a mapping, list or tuple of them."""
+    if isinstance(output, Tensor):
+        return output.float()
+    if isinstance(output, dict):
+        return {name: _to_float32(value) for name, value in output.items()}
+    return type(output)(_to_float32(value) for value in output)
 
 
 def build_detector(config: DetectorConfig, pretrained: bool = False) -> RetinaNet | FasterRCNN:
-    """The detector of a config, with random weights but for a `pretrained` backbone.
+    """The detector of a config, with random weights; `pretrained` gives its backbone timm's.
 
     Raises:
-        InputError: see TimmFPN; arguments that torchvision's detector does not take.
+        InputError: see `TimmFPN` and `check_detector_kwargs`.
     """
-    cfg = pretrained_cfg(config.backbone)
+    normalisation = pretrained_cfg(config.backbone)
     backbone = TimmFPN(
-        *(config.backbone, config.strides, config.extra_levels, config.fpn_channels, config.norm),
-        *(config.trainable_layers, config.model_kwargs, pretrained),
+        config.backbone,
+        strides=config.strides,
+        extra_levels=config.extra_levels,
+        channels=config.fpn_channels,
+        norm=config.norm,
+        trainable_layers=config.trainable_layers,
+        model_kwargs=config.model_kwargs,
+        pretrained=pretrained,
     )
+    check_detector_kwargs(config)
     sizes = config.anchors()
-    anchors = _Float32Anchors(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    width, classes = config.fpn_channels, len(config.classes)
-    options = {"min_size": config.min_size, "max_size": config.max_size, **config.detector_kwargs}
-    options |= {"image_mean": list(cfg["mean"]), "image_std": list(cfg["std"])}
-    kind = DETECTORS[config.detector]
-    known = inspect.signature(kind.__bases__[-1]).parameters  # torchvision itself lets unknown ones pass
-    if unknown := [name for name in config.detector_kwargs if name not in known or name == "kwargs"]:
-        raise InputError(f"--detector-kwargs: torchvision's {config.detector} has no '{unknown[0]}'")
-    if own := [name for name in config.detector_kwargs if name in OWN]:
-        raise InputError(f"--detector-kwargs: '{own[0]}' follows from the other options, as --min-size and --data")
-    for name, value in config.detector_kwargs.items():
-        if value != known[name].default:
-            _check_argument(name, value, known[name].default)
-    for low, high in ((n, n.replace("bg_", "fg_")) for n in known if n.endswith("bg_iou_thresh")):
-        if (bg := options.get(low, known[low].default)) > (fg := options.get(high, known[high].default)):
-            raise InputError(f"--detector-kwargs: {low} {bg:g} is above {high} {fg:g}")
+    anchors = _Float32Anchors(sizes, aspect_ratios=((0.5, 1.0, 2.0),) * len(sizes))
+    options = {
+        "min_size": config.min_size,
+        "max_size": config.max_size,
+        "image_mean": list(normalisation["mean"]),
+        "image_std": list(normalisation["std"]),
+        **config.detector_kwargs,
+    }
+    channels, num_classes = config.fpn_channels, len(config.classes)
     if config.detector == "retinanet":
-        norm = group_norm if config.norm == "gn" else None
-        head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], classes, norm_layer=norm)
-        model = kind(backbone, num_classes=classes, anchor_generator=anchors, head=head, **options)
+        head = RetinaNetHead(
+            channels,
+            anchors.num_anchors_per_location()[0],
+            num_classes,
+            norm_layer=group_norm if config.norm == "gn" else None,
+        )
+        model = RetinaNet(backbone, num_classes=num_classes, anchor_generator=anchors, head=head, **options)
     else:
-        options |= {"box_head": TwoMLPHead(width * 49, width * 4)}  # 256 channels: torchvision's 1024
-        options |= {"box_predictor": FastRCNNPredictor(width * 4, classes + 1)}
-        options["box_roi_pool"] = MultiScaleRoIAlign([str(k) for k in range(len(config.strides))], 7, 2)
-        model = kind(backbone, rpn_anchor_generator=anchors, **options)
+        levels = [str(k) for k in range(len(config.strides))]
+        model = FasterRCNN(
+            backbone,
+            rpn_anchor_generator=anchors,
+            box_head=TwoMLPHead(channels * 7 * 7, channels * 4),  # torchvision's 1024 features at 256 channels
+            box_predictor=FastRCNNPredictor(channels * 4, num_classes + 1),
+            box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
+            **options,
+        )
     model.config = config
     return model
 
 
-def _check_argument(name: str, value: object, default: object) -> None:
-    """Refuse what torchvision would stumble over in the middle of the first evaluation.
+def check_buildable(config: DetectorConfig) -> None:
+    """Try to build the detector of a config whose classes are not known yet.
 
     Raises:
-        InputError: no count where the default is one, no share where it is one, no four weights.
+        InputError: it cannot be built.
     """
-
-    def positive(number: object, kind: type) -> bool:
-        return isinstance(number, kind) and not isinstance(number, bool) and 0 < number < math.inf
-
-    if isinstance(default, int):
-        wanted, good = "a number from 1 up", positive(value, int)
-    elif isinstance(default, float):
-        wanted, good = "a number in [0, 1]", value == 0 or (positive(value, int | float) and value <= 1)
-    else:  # bbox_reg_weights
-        wanted = "four numbers above 0"
-        good = isinstance(value, list | tuple) and len(value) == 4 and all(positive(v, int | float) for v in value)
-    if not good:
-        raise InputError(f"--detector-kwargs: {name} is {wanted}, got {value!r}")
+    build_detector(dataclasses.replace(config, classes=["any"]))
 
 
-def _float32(output):
-    if isinstance(output, dict):
-        return {k: _float32(v) for k, v in output.items()}
-    return output.float() if isinstance(output, Tensor) else type(output)(_float32(v) for v in output)
+def prepare_layout(
+    model: RetinaNet | FasterRCNN, *, channels_last: bool, sync_bn: bool = False
+) -> RetinaNet | FasterRCNN:
+    """The model with its weights in the NHWC memory format, into which the backbone then also converts its images, and
+    with BatchNorm over all processes, as far as these are asked for."""
+    if sync_bn:
+        model = convert_sync_batchnorm(model)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        model.backbone.memory_format = torch.channels_last
+    return model
 
 
-def export(model: RetinaNet | FasterRCNN, folder: Path) -> None:
+def export_detector(model: RetinaNet | FasterRCNN, folder: Path) -> None:
     """Write model.safetensors and config.json into `folder`, complete or as it was before."""
     with replacing_folder(folder) as beside:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -251,7 +228,7 @@ def read_config(folder: Path) -> DetectorConfig:
     """config.json of an export.
 
     Raises:
-        InputError: it is no detector's.
+        InputError: it cannot be read, or is not that of a detector.
     """
     try:
         options = json.loads((folder / "config.json").read_text())
@@ -259,20 +236,34 @@ def read_config(folder: Path) -> DetectorConfig:
             raise InputError(f"{folder} is no detector: it holds no exported detector, but another kind of model")
         return DetectorConfig(**options)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder} holds no exported detector: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{folder} holds no exported detector: {on_one_line(error, limit=200)}") from None
 
 
-def load_detector(path: str, **changes: object) -> tuple[RetinaNet | FasterRCNN, Path]:
-    """The detector of a run folder or an exported folder, with its weights, and where it was found.
+def load_detector(path: str, **config_changes: object) -> tuple[RetinaNet | FasterRCNN, Path]:
+    """The detector of a run folder or an exported folder, with its weights, and the folder where it was found.
 
     Args:
         path: of the folder.
-        changes: to its config, as min_size.
+        config_changes: values to replace in its config, such as min_size.
 
     Raises:
-        InputError: nothing there, or it cannot be read.
+        InputError: there is none, or it cannot be read.
     """
     folder = find_model(path)
-    model = build_detector(dataclasses.replace(read_config(folder), **changes))
+    model = build_detector(dataclasses.replace(read_config(folder), **config_changes))
     load_weights(model, folder / "model.safetensors")
     return model, folder
+
+
+def load_detector_weights(model: RetinaNet | FasterRCNN, path: str) -> None:
+    """Load the weights of a run folder, an exported folder or a weights file into a detector.
+
+    Raises:
+        InputError: there are none, or they do not fit.
+    """
+    weights = Path(path)
+    if weights.is_dir():
+        folder = find_model(path)
+        read_config(folder)  # says more clearly than the weights if this is no detector
+        weights = folder / "model.safetensors"
+    load_weights(model, weights)

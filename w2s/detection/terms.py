@@ -4,54 +4,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from w2s.detection.models import Seen
+from w2s.detection.models import StudentView
 from w2s.losses import kl_sigmoid, kl_softmax
 
+BETA = 1 / 9  # of smooth L1 on box deltas, as in torchvision
 
-def distillation_terms(student: Seen, teacher: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
-    """The terms of L_kd by the names of `detection.TERMS`, each 0 where teacher and student agree.
+
+def distillation_terms(student: StudentView, teacher: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
+    """The terms of L_kd by the names of `DetectorKind.terms`. Each is 0 where teacher and student agree.
 
     Args:
         student: of a training forward.
-        teacher: what `look` gives for it; gets no gradient.
+        teacher: the teacher's `head_outputs` for it; gets no gradient.
         temperature: T; the class terms carry the factor T^2.
     """
-    ours, theirs = dict(student.outputs), {name: output.detach().float() for name, output in teacher.items()}
-    if "cls" in ours:
-        return _dense_terms(ours, theirs, "", temperature)
-    images = len(student.proposals)
-    for outputs in (ours, theirs):  # torchvision runs the anchors of all images together here
-        outputs |= {name: outputs[name].unflatten(0, (images, -1)) for name in ("rpn_cls", "rpn_box")}
-    return _dense_terms(ours, theirs, "rpn_", temperature) | _roi_terms(ours, theirs, temperature)
-
-
-def _dense_terms(ours: dict[str, Tensor], theirs: dict[str, Tensor], prefix: str, temperature: float):
-    """Bernoulli KL and smooth L1 anchor by anchor, on equal anchors; (images, anchors, classes or 4).
-
-    An anchor counts as much as the teacher's highest class probability there, and the sum over an image is divided by
-    the sum of its weights: unweighted, a hundred thousand background anchors would drown the objects. The mean over
-    images, as torchvision's own losses are, is the same on one process and on several.
-    """
-    cls, box = f"{prefix}cls", f"{prefix}box"
-    weight = theirs[cls].sigmoid().amax(-1, keepdim=True)
-    weight = weight / weight.sum(1, keepdim=True)
-    # kl_sigmoid divides by the weights of all classes; here the classes of an anchor are summed
-    divergence = kl_sigmoid(ours[cls], theirs[cls], temperature, weight) * ours[cls].shape[-1]
-    distance = F.smooth_l1_loss(ours[box].float(), theirs[box], beta=BETA, reduction="none")
-    return {cls: divergence, box: (distance * weight).sum() / len(weight)}
-
-
-def _roi_terms(ours: dict[str, Tensor], theirs: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
-    """Softmax KL; smooth L1 of the teacher's class where the teacher sees an object. Means over the proposals."""
-    classes = theirs["roi_cls"].argmax(-1)
-    rows = torch.arange(len(classes), device=classes.device)
-    box, target = (side["roi_box"].float().unflatten(-1, (-1, 4))[rows, classes] for side in (ours, theirs))
-    foreground = (classes > 0).float()
-    distance = F.smooth_l1_loss(box, target, beta=BETA, reduction="none").sum(-1)
+    student_outputs = dict(student.outputs)
+    teacher_outputs = {name: output.detach().float() for name, output in teacher.items()}
+    if "cls" in student_outputs:
+        return _anchor_terms(student_outputs, teacher_outputs, temperature=temperature)
+    for outputs in (student_outputs, teacher_outputs):
+        for name in ("rpn_cls", "rpn_box"):  # torchvision has the anchors of all images in one dimension here
+            outputs[name] = outputs[name].unflatten(0, (len(student.proposals), -1))
     return {
-        "roi_cls": kl_softmax(ours["roi_cls"], theirs["roi_cls"], temperature),
-        "roi_box": (distance * foreground).sum() / max(len(foreground), 1),
+        **_anchor_terms(student_outputs, teacher_outputs, temperature=temperature, prefix="rpn_"),
+        **_roi_terms(student_outputs, teacher_outputs, temperature=temperature),
     }
 
 
-BETA = 1 / 9  # of smooth L1 on box deltas, as in torchvision
+def _anchor_terms(
+    student: dict[str, Tensor], teacher: dict[str, Tensor], *, temperature: float, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Bernoulli KL and smooth L1, anchor by anchor.
+
+    An anchor counts as much as the teacher's highest class probability there, and the sum over an image is divided by
+    the sum of its weights: without weights, a hundred thousand background anchors would drown the objects. The terms
+    are means over images, as torchvision's own losses are, and so the same on one process as on several.
+
+    Args:
+        student, teacher: outputs of shape (images, anchors, classes or 4) on equal anchors.
+        temperature: T.
+        prefix: of the names of these outputs, which are also those of the terms.
+    """
+    cls, box = f"{prefix}cls", f"{prefix}box"
+    weight = teacher[cls].sigmoid().amax(-1, keepdim=True)
+    weight = weight / weight.sum(1, keepdim=True)
+    # kl_sigmoid divides by the weights of all classes; here the classes of an anchor are summed
+    divergence = kl_sigmoid(student[cls], teacher[cls], temperature, weight) * student[cls].shape[-1]
+    distance = F.smooth_l1_loss(student[box].float(), teacher[box], beta=BETA, reduction="none")
+    return {cls: divergence, box: (distance * weight).sum() / len(weight)}
+
+
+def _roi_terms(student: dict[str, Tensor], teacher: dict[str, Tensor], *, temperature: float) -> dict[str, Tensor]:
+    """Softmax KL of the classes, and smooth L1 of the deltas of the teacher's class where the teacher sees an object.
+
+    Both are means over the proposals; class 0 is the background.
+
+    Args:
+        student, teacher: outputs `roi_cls` (proposals, classes + 1) and `roi_box` (proposals, 4 (classes + 1)).
+        temperature: T.
+    """
+    classes = teacher["roi_cls"].argmax(-1)
+    rows = torch.arange(len(classes), device=classes.device)
+    student_box = student["roi_box"].float().unflatten(-1, (-1, 4))[rows, classes]
+    teacher_box = teacher["roi_box"].float().unflatten(-1, (-1, 4))[rows, classes]
+    is_object = (classes > 0).float()
+    distance = F.smooth_l1_loss(student_box, teacher_box, beta=BETA, reduction="none").sum(-1)
+    return {
+        "roi_cls": kl_softmax(student["roi_cls"], teacher["roi_cls"], temperature),
+        "roi_box": (distance * is_object).sum() / max(len(is_object), 1),
+    }

@@ -1,0 +1,217 @@
+"""The options of detection, group by group: the data, the detector, the augmentation, and torchvision's schedule.
+
+Beside each group stands the function that reads it.
+"""
+
+import argparse
+from pathlib import Path
+
+from torchvision.transforms import v2
+
+from w2s.detection.annotations import AnnotatedImages
+from w2s.detection.config import DETECTOR_KINDS, DetectorConfig
+from w2s.detection.data import DetectionData, open_detection, reporting_split, split_detection
+from w2s.detection.loading import DetectionSplit, detection_transform
+from w2s.engine.errors import InputError
+from w2s.engine.options import (
+    KeyValues,
+    Parser,
+    add_switch,
+    add_weights_options,
+    natural_int,
+    positive_int,
+    switch_fraction,
+)
+
+
+def add_detection_data_options(parser: Parser) -> None:
+    """Where the annotated images are, and how they are read and checked."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", metavar="FOLDER", help="COCO's layout (train2017/ val2017/ annotations/), digits_det, hfds/..."
+    )
+    group.add_argument("--train-images", metavar="DIR", help="in place of --data, with the three options below")
+    group.add_argument("--train-json", metavar="FILE")
+    group.add_argument("--val-images", metavar="DIR")
+    group.add_argument("--val-json", metavar="FILE", help="reported on, decides nothing")
+    group.add_argument("--train-split", default="train", metavar="NAME", help="of hfds/...")
+    group.add_argument("--val-split", default="validation", metavar="NAME", help="of hfds/...")
+    group.add_argument("--input-key", metavar="KEY", help="column of the image (image)")
+    group.add_argument("--target-key", metavar="KEY", help="column of the objects (objects)")
+    group.add_argument("--bbox-format", choices=["xywh", "xyxy"], default="xywh", help="of hfds/... (xywh)")
+    add_switch(group, "--fix-boxes", "drop boxes without area and clip those that reach outside, instead of stopping")
+    add_switch(group, "--keep-empty", "train on images without boxes, too")
+    group.add_argument(
+        "--check-images", type=int, default=2000, metavar="N", help="decode N a split first, spread evenly (-1: all)"
+    )
+    group.add_argument("-j", "--workers", type=natural_int, default=4, metavar="N", help="loader workers a process")
+
+
+def open_training_data(args: argparse.Namespace, first_label: int) -> DetectionData:
+    """The splits of a training. Beside the options of the data this reads those of the augmentation, --switch-split,
+    --switch-seed and --seed; a dry run evaluates few images.
+
+    Raises:
+        InputError: see `open_detection` and `split_detection`.
+    """
+    train, report = _open_images(args, with_train=True)
+    return split_detection(
+        train,
+        report,
+        first_label=first_label,
+        transform=build_augmentation(args),
+        seed=args.seed,
+        switch_fraction=switch_fraction(args.switch_split),
+        switch_seed=args.switch_seed,
+        keep_empty=args.keep_empty,
+        check_images=args.check_images,
+        limit=_evaluation_limit(args),
+    )
+
+
+def open_report(args: argparse.Namespace, first_label: int) -> DetectionSplit:
+    """The split to report on, without the training images.
+
+    Raises:
+        InputError: see `open_detection` and `reporting_split`.
+    """
+    _, report = _open_images(args, with_train=False)
+    return reporting_split(
+        report, first_label=first_label, check_images=args.check_images, limit=_evaluation_limit(args)
+    )
+
+
+def _evaluation_limit(args: argparse.Namespace) -> int | None:
+    return 4 * args.batch_size if args.dry_run else None
+
+
+def _open_images(args: argparse.Namespace, with_train: bool) -> tuple[AnnotatedImages | None, AnnotatedImages]:
+    return open_detection(
+        args.data,
+        train_images=args.train_images,
+        train_json=args.train_json,
+        val_images=args.val_images,
+        val_json=args.val_json,
+        output=Path(args.output),
+        train_split=args.train_split,
+        val_split=args.val_split,
+        image_key=args.input_key or "image",
+        objects_key=args.target_key or "objects",
+        bbox_format=args.bbox_format,
+        fix_boxes=args.fix_boxes,
+        with_train=with_train,
+    )
+
+
+def add_detector_options(parser: Parser) -> None:
+    """The student, and how its weights are averaged, laid out and compiled."""
+    group = parser.add_argument_group("model (timm backbone, torchvision detector)")
+    group.add_argument("--detector", choices=list(DETECTOR_KINDS), default="retinanet")
+    group.add_argument("--model", default="resnet50", metavar="NAME", help="timm backbone")
+    add_switch(group, "--pretrained-backbone", "start from timm's pretrained weights")
+    group.add_argument("--initial-checkpoint", metavar="PATH", help="start from a run folder or a weights file")
+    group.add_argument("--norm", metavar="KIND", help="frozen_bn (default if pretrained), bn (default if not) or gn")
+    group.add_argument(
+        "--trainable-layers", type=natural_int, metavar="N", help="last stages to train (3 if pretrained, else all)"
+    )
+    group.add_argument("--strides", type=positive_int, nargs="+", metavar="N", help="levels: 8 16 32, or 4 8 16 32")
+    group.add_argument(
+        "--extra-levels", type=natural_int, metavar="N", help="above them: 2 (RetinaNet), 1 (Faster R-CNN)"
+    )
+    group.add_argument("--anchor-scale", type=float, metavar="X", help="anchor side over stride: 4, or 8")
+    group.add_argument("--fpn-channels", type=positive_int, default=256, metavar="N")
+    group.add_argument("--min-size", type=positive_int, metavar="PX", help="images: shorter side (800)")
+    group.add_argument("--max-size", type=positive_int, metavar="PX", help="and longer side at most (1333)")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="timm's")
+    group.add_argument(
+        "--detector-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="torchvision's"
+    )
+    add_weights_options(group, compiled="the backbone")
+
+
+def detector_config(args: argparse.Namespace) -> DetectorConfig:
+    """The student's config from the resolved options of the detector. Its classes follow from the data.
+
+    Raises:
+        InputError: see `DetectorConfig`.
+    """
+    return DetectorConfig(
+        detector=args.detector,
+        backbone=args.model,
+        classes=[],
+        norm=args.norm,
+        strides=args.strides or [],
+        extra_levels=args.extra_levels,
+        anchor_scale=args.anchor_scale,
+        fpn_channels=args.fpn_channels,
+        min_size=args.min_size,
+        max_size=args.max_size,
+        trainable_layers=args.trainable_layers,
+        model_kwargs=args.model_kwargs,
+        detector_kwargs=args.detector_kwargs,
+    )
+
+
+def add_detection_augmentation_options(parser: Parser) -> None:
+    """torchvision's transforms of images with boxes."""
+    group = parser.add_argument_group("augmentation (torchvision)")
+    group.add_argument("--hflip", type=float, default=0.5)
+    group.add_argument("--scale-jitter", type=positive_int, nargs=2, metavar="PX", help="shorter side from LOW to HIGH")
+    group.add_argument("--lsj", type=positive_int, metavar="PX", help="large-scale jitter on a canvas of this size")
+    add_switch(group, "--photometric", "distort colours, as SSD does")
+
+
+def check_augmentation(args: argparse.Namespace) -> None:
+    """Check the options of the augmentation.
+
+    Raises:
+        InputError: an impossible value, or options that exclude each other.
+    """
+    if not 0 <= args.hflip <= 1:
+        raise InputError(f"--hflip {args.hflip:g}: a probability lies in [0, 1]")
+    if args.lsj and args.scale_jitter:
+        raise InputError("--lsj and --scale-jitter exclude each other")
+    if args.scale_jitter and args.scale_jitter[0] > args.scale_jitter[1]:
+        raise InputError(f"--scale-jitter takes LOW and HIGH, got {args.scale_jitter[0]} {args.scale_jitter[1]}")
+
+
+def build_augmentation(args: argparse.Namespace) -> v2.Transform:
+    """The transform that the options of the augmentation ask for."""
+    return detection_transform(
+        hflip=args.hflip,
+        photometric=args.photometric,
+        lsj=args.lsj,
+        scale_jitter=args.scale_jitter,
+        max_size=args.max_size,
+    )
+
+
+def set_reference_schedule(parser: Parser) -> None:
+    """Make the optimiser and schedule of torchvision's reference the defaults.
+
+    The learning rate depends on the detector: see `DetectorKind.lr`. For the warm-up see `reference_warmup`.
+    """
+    parser.set_defaults(
+        opt="momentum",
+        lr_base=None,
+        lr_base_size=16,
+        weight_decay=1e-4,
+        sched="multistep",
+        decay_milestones=[16.0, 22.0],
+        warmup_epochs=None,
+        warmup_lr=None,
+    )
+
+
+def reference_warmup(args: argparse.Namespace, lr: float, updates_per_epoch: int) -> dict[str, float]:
+    """torchvision's warm-up where the options give none: from lr / 1000, over 1,000 updates or the first epoch.
+
+    Returns:
+        `warmup` in epochs and `warmup_lr`, as far as they are not given, as arguments of `build_optimizer`.
+    """
+    warmup = {}
+    if args.warmup_epochs is None:
+        warmup["warmup"] = min(1000, updates_per_epoch - 1) / updates_per_epoch
+    if args.warmup_lr is None:
+        warmup["warmup_lr"] = lr / 1000
+    return warmup

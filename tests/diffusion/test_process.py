@@ -146,8 +146,8 @@ def test_noise_is_a_function_of_its_key_and_place():
 def assert_same_pixels(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Equal but for pixels whose last float32 bits decide how they are rounded to uint8.
 
-    Predictions differ by some 1e-6 between kernels, a pixel is 8e-3 wide: far fewer than 1 % of them lie so near to the
-    border that they are rounded the other way.
+    Predictions differ by some 1e-6 between kernels. A few steps may multiply that, but a uint8 level is 8e-3 wide, so
+    well under 1 % of the pixels lie so near to the border between two levels that they are rounded the other way.
     """
     assert ours.shape == theirs.shape
     assert (ours.int() - theirs.int()).abs().max() <= 1

@@ -23,10 +23,9 @@ from sklearn.datasets import load_digits
 
 import train_cls
 import train_det
-from w2s.detection.models import build_detector
-from w2s.detection.models import export as export_detector
-from w2s.diffusion.denoisers import export as export_denoiser
+from w2s.detection.models import build_detector, export_detector
 from w2s.diffusion.denoisers import unet
+from w2s.diffusion.exports import export_denoiser
 from w2s.diffusion.process import noise_schedule
 from w2s.images.models import create_model, export
 

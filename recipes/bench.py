@@ -1,10 +1,10 @@
-"""What an update costs, alone, with the teacher and after the switch-off, and whether the data keep up.
+"""Measures what an update costs alone, with the teacher and after the switch-off, and whether the data keep up.
 
     python recipes/bench.py -c recipes/cifar10_r50_w2s.yaml [--json FILE] [any option of the recipe's script]
 
-The functions timed are those that train (`train` of train_cls.py, train_det.py or train_diffusion.py, whichever knows
-the options), on batches that are already there; ratios are medians over rounds in which the sides alternate. Nothing is
-kept.
+What is timed is the function that trains: `train` of train_cls.py, train_det.py or train_diffusion.py, whichever has
+the recipe's options. It runs on batches that are already on the device. Ratios are medians over rounds in which the
+updates that are compared take turns. Nothing is kept on disk but FILE.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,179 +27,201 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench_tasks import TASKS, Task
 
 from w2s.engine.errors import InputError
-from w2s.engine.options import Parser, early_phase, positive_int, read_recipe
-from w2s.engine.run import Run, call_main, environment
+from w2s.engine.main import call_main
+from w2s.engine.options import Parser, positive_int, read_recipe
+from w2s.engine.run import environment
 from w2s.engine.training import Job
-from w2s.record import RunRecord
 
-KEPT_BATCHES = 4  # different ones that the timed updates go through
-WARMUP = 5  # updates, or batches, before anything is timed
+DISTINCT_BATCHES = 4  # the timed updates cycle through so many batches
+WARMUP = 5  # updates, or batches, that run before anything is timed
+
+Timer = Callable[[int], float]  # runs so many updates and returns the seconds that one of them took
 
 
 class Bench:
-    """One recipe on this machine."""
+    """Times the updates of one recipe on this machine.
 
-    def __init__(self, task: Task, run: Run) -> None:
-        self.task, self.args, self.run = task, task.args, run
-        task.load(run)
-        self.images = self.args.batch_size * self.args.grad_accum_steps * run.accelerator.num_processes
-        self.updates_per_epoch = max(task.samples // self.images, 1)
-        self.flops: dict = {}
-        run.open(lambda folder, facts, log: RunRecord(folder, "metric", task.mode, [], ("metric",), facts, log))
+    Args:
+        task: the recipe.
+    """
 
-    def job(self, taught: bool) -> Job:
-        """A student in training, with a teacher that speaks at every update or with none."""
-        args, run, task = self.args, self.run, self.task
-        run.seed()
-        student = task.student().to(run.device)
-        teacher = task.teacher(run, student) if taught else None
-        if taught and not self.flops:
-            self.flops = task.flops(student, teacher, self.images)
-        if args.channels_last:
-            student = task.channels_last(student)
-        optimizer, scheduler = task.optimizer(student, self.images, self.updates_per_epoch)
-        ema = ModelEmaV3(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
-        if args.torchcompile:
-            for module in (student, teacher and teacher.model):
-                if module:
-                    task.compiled(module).compile(backend=args.torchcompile)
-        model, optimizer = run.accelerator.prepare(student, optimizer)
-        phase = early_phase(args, task.length, task.mode) if taught else None
-        total = task.length * (self.updates_per_epoch if task.unit == "epoch" else 1)
-        return Job(
-            *(run, model, student, ema, optimizer, scheduler, phase, teacher, {}, self.flops),
-            *(self.updates_per_epoch, total, self.images, task.export, task.unit, task.terms),
-        )
-
-    def source(self) -> Iterator:
-        """The training batches of this process."""
-        return self.task.batches(self.run, self.updates_per_epoch * self.args.grad_accum_steps)
-
-    def loader(self, batches: int) -> float:
-        """Images a second of this process when nothing is done with them."""
-        source = self.source()
-        for _ in range(WARMUP):
-            next(source)
-        return batches * self.args.batch_size / self.seconds(lambda: [next(source) for _ in range(batches)])
-
-    def batches(self) -> list:
-        """Some batches on the device."""
-        source = self.source()
-        batches = [next(source) for _ in range(KEPT_BATCHES)]
-        source.close()
-        return batches
-
-    def timed(self, train: Callable[[int, Iterator], None], kept: list) -> Callable[[int], float]:
-        """From what trains so many updates on batches: a function from their number to seconds an update."""
-
-        def updates(count: int) -> float:
-            fresh = itertools.cycle(copy.deepcopy(kept))  # mixup writes into them
-            return self.seconds(lambda: train(count, fresh)) / count
-
-        return updates
-
-    def updates(self, job: Job, kept: list) -> Callable[[int], float]:
-        """`timed` of the script's loop."""
-        return self.timed(lambda count, batches: self.task.train(job, job.update + count, batches), kept)
-
-    def alternate(self, sides: list[Callable[[int], float]], rounds: int, count: int) -> list[list[float]]:
-        """What each side gives for `count` updates, round by round."""
-        for side in sides:
-            side(WARMUP)
-        seconds = [[side(count) for side in sides] for _ in range(rounds)]
-        return [list(times) for times in zip(*seconds, strict=True)]
-
-    def peak(self, job: Job, kept: list) -> int | None:
-        """Bytes at the peak of a few updates: of the GPU's memory, or of the process where there is none."""
-        updates = self.updates(job, kept)
-        updates(2)
-        gc.collect()
-        if self.run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            updates(2)
-            return torch.cuda.max_memory_allocated()
-        try:
-            ctypes.CDLL(None).malloc_trim(0)  # Linux: give back what is free, and forget the peak so far
-            Path("/proc/self/clear_refs").write_text("5")
-            updates(2)
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except (OSError, AttributeError):
-            return None
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    def __init__(self, task: Task) -> None:
+        self.task, self.run = task, task.run
+        self.run.open(metric="metric", mode=task.mode, targets=[], reported=("metric",), facts={})
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Of a call, its work on the device included."""
+        """How long a call takes in seconds, until the device has finished the work that it started."""
         self.run.clock.sync()
         begin = time.perf_counter()
         call()
         self.run.clock.sync()
         return time.perf_counter() - begin
 
-    def matmul_peak(self) -> float:
-        """FLOP/s of the fastest of some large matrix products, in the precision of the run."""
+    # ---- data ----
+
+    def loader_rate(self, count: int) -> float:
+        """Images a second that reach the device of this process while nothing is done with them.
+
+        Args:
+            count: how many batches are timed.
+        """
+        batches = self.task.batches()
+        for _ in range(WARMUP):
+            next(batches)
+        seconds = self.seconds(lambda: [next(batches) for _ in range(count)])
+        return count * self.task.args.batch_size / seconds
+
+    def loaded_batches(self) -> Callable[[], Iterator]:
+        """Load the first batches of the run; what is returned gives an endless iterator over them at every call."""
+        loader = self.task.batches()
+        batches = [next(loader) for _ in range(DISTINCT_BATCHES)]
+        loader.close()
+        return lambda: itertools.cycle(copy.deepcopy(batches))  # a copy, because mixup writes into the images
+
+    # ---- updates ----
+
+    def timer(self, train: Callable[[int, Iterator], object], source: Callable[[], Iterator]) -> Timer:
+        """A function that runs so many updates and returns the seconds that one of them took.
+
+        Args:
+            train: takes the number of updates and an endless iterator of batches.
+            source: gives that iterator, before the clock is started.
+        """
+
+        def seconds_per_update(count: int) -> float:
+            batches = source()
+            return self.seconds(lambda: train(count, batches)) / count
+
+        return seconds_per_update
+
+    def job_timer(self, job: Job, source: Callable[[], Iterator]) -> Timer:
+        """The timer of the script's own loop. Every call continues the job with its next updates."""
+        return self.timer(
+            lambda count, batches: self.task.train(job, stop=job.update + count, batches=batches), source=source
+        )
+
+    def take_turns(self, timers: dict[str, Timer], rounds: int, count: int) -> dict[str, list[float]]:
+        """Call timers in turn, so that a machine that slows down does so for all of them.
+
+        Args:
+            timers: by name.
+            rounds: how often each of them is called.
+            count: updates of one call.
+
+        Returns:
+            What each timer returned, round by round.
+        """
+        for timer in timers.values():
+            timer(WARMUP)
+        seconds = {name: [] for name in timers}
+        for _ in range(rounds):
+            for name, timer in timers.items():
+                seconds[name].append(timer(count))
+        return seconds
+
+    # ---- memory and the machine ----
+
+    def peak_memory(self, job: Job, source: Callable[[], Iterator]) -> int | None:
+        """Bytes at the peak of two updates: of the GPU's memory, or of the process on a CPU.
+
+        None where the system does not tell.
+        """
+        timer = self.job_timer(job, source)
+        timer(2)
+        gc.collect()
+        if self.run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            timer(2)
+            return torch.cuda.max_memory_allocated()
+        try:  # Linux
+            ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            timer(2)
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except (OSError, AttributeError):
+            return None
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+    def matmul_rate(self) -> float:
+        """FLOP/s of the fastest of ten large matrix products, in the precision of the run."""
         size = 8192 if self.run.device.type == "cuda" else 1024
-        square = nn.Linear(size, size, bias=False, device=self.run.device)
+        layer = nn.Linear(size, size, bias=False, device=self.run.device)
         rows = torch.randn(size, size, device=self.run.device)
         with torch.no_grad(), self.run.accelerator.autocast():
-            return max(2 * size**3 / self.seconds(lambda: square(rows)) for _ in range(10))
+            return max(2 * size**3 / self.seconds(lambda: layer(rows)) for _ in range(10))
+
+
+def median_ratio(base: list[float], other: list[float]) -> float:
+    """How many times as long as `base` the other one takes: the median over rounds."""
+    return statistics.median(b / a for a, b in zip(base, other, strict=True))
+
+
+def silence(job: Job) -> None:
+    """Switch the teacher of a job off, as happens when the student has surpassed it."""
+    job.distillation.silence(update=job.update, reason="surpass")
+
+
+def measure_memory(bench: Bench, source: Callable[[], Iterator]) -> dict[str, int | None]:
+    """The peak of memory in bytes for each kind of update. Only one job exists at a time."""
+    memory = {}
+    job = bench.task.job(taught=False)
+    memory["plain"] = bench.peak_memory(job, source)
+    del job
+    bench.run.accelerator.free_memory()  # the accelerator holds on to what it has prepared
+    job = bench.task.job(taught=True)
+    memory["teacher"] = bench.peak_memory(job, source)
+    silence(job)
+    memory["after"] = bench.peak_memory(job, source)
+    del job
+    bench.run.accelerator.free_memory()
+    return memory
 
 
 def measure(bench: Bench, rounds: int, count: int) -> dict:
-    """All figures of `--json`."""
-    loader = bench.loader(batches=max(count, WARMUP))
-    kept = bench.batches()
-    plain = bench.job(taught=False)
-    memory = {"plain": bench.peak(plain, kept)}
-    del plain
-    bench.run.accelerator.free_memory()  # which holds on to all it has prepared
-    taught = bench.job(taught=True)
-    memory["teacher"] = bench.peak(taught, kept)
-    switch_off(taught)
-    memory["after"] = bench.peak(taught, kept)
-    del taught
-    bench.run.accelerator.free_memory()
-    plain, taught = bench.job(taught=False), bench.job(taught=True)
-    sides = [bench.updates(job, kept) for job in (plain, taught)]
-    with_teacher = bench.alternate(sides, rounds, count)
-    switch_off(taught)
-    after = bench.alternate(sides, rounds, count)
+    """All figures that --json writes.
+
+    Args:
+        bench: of the recipe.
+        rounds: that medians are taken over.
+        count: updates of a round.
+    """
+    batch, processes = bench.task.plan.batch, bench.run.accelerator.num_processes
+    loader_rate = bench.loader_rate(max(count, WARMUP)) * processes
+    source = bench.loaded_batches()
+    memory = measure_memory(bench, source)
+
+    plain, taught = bench.task.job(taught=False), bench.task.job(taught=True)
+    plain_timer, taught_timer = bench.job_timer(plain, source), bench.job_timer(taught, source)
+    before = bench.take_turns({"plain": plain_timer, "teacher": taught_timer}, rounds=rounds, count=count)
+    silence(taught)
+    after = bench.take_turns({"plain": plain_timer, "after": taught_timer}, rounds=rounds, count=count)
+
     seconds = {
-        "plain": statistics.median(with_teacher[0]),
-        "teacher": statistics.median(with_teacher[1]),
-        "after": statistics.median(after[1]),
+        "plain": statistics.median(before["plain"]),
+        "teacher": statistics.median(before["teacher"]),
+        "after": statistics.median(after["after"]),
     }
-    student, teacher = bench.flops["student_update"], bench.flops["teacher_forward"]
-    flops = {"plain": student, "teacher": student + teacher, "after": student}
-    peak, processes = bench.matmul_peak(), bench.run.accelerator.num_processes
+    student_flops, teacher_flops = taught.flops["student_update"], taught.flops["teacher_forward"]
+    flops = {"plain": student_flops, "teacher": student_flops + teacher_flops, "after": student_flops}
+    matmul_rate = bench.matmul_rate()
     return {
-        "loader_images_per_second": loader * processes,
-        "step_images_per_second": bench.images / seconds["plain"],
-        "images_per_second": {name: bench.images / value for name, value in seconds.items()},
-        "teacher_ratio": ratio(*with_teacher),
-        "flops_bound": (student + teacher) / student,
-        "after_ratio": ratio(*after),
+        "loader_images_per_second": loader_rate,
+        "step_images_per_second": batch / seconds["plain"],
+        "images_per_second": {name: batch / value for name, value in seconds.items()},
+        "teacher_ratio": median_ratio(before["plain"], before["teacher"]),
+        "flops_bound": (student_flops + teacher_flops) / student_flops,
+        "after_ratio": median_ratio(after["plain"], after["after"]),
         "memory_bytes": memory,
         "flops_per_update": flops,
-        "matmul_flops_per_second": peak,
-        "utilisation": {name: flops[name] / processes / seconds[name] / peak for name in seconds},
+        "matmul_flops_per_second": matmul_rate,
+        "utilisation": {name: flops[name] / processes / seconds[name] / matmul_rate for name in seconds},
         "rounds": rounds,
         "updates_per_round": count,
-        "batch": bench.images,
-        "cache": getattr(bench.args, "cache", "none"),
+        "batch": batch,
+        "cache": bench.task.cache,
         "threads": torch.get_num_threads(),
         "environment": environment(bench.run.accelerator),
     }
-
-
-def ratio(one: list[float], other: list[float]) -> float:
-    """How many times as long the other took: the median over rounds."""
-    return statistics.median(b / a for a, b in zip(one, other, strict=True))
-
-
-def switch_off(job: Job) -> None:
-    """End the distillation of a job, as a won comparison would."""
-    job.phase.kd_off = {"at": job.progress, "reason": "surpass"}
-    job.switch_off()
 
 
 def table(figures: dict) -> str:
@@ -221,18 +242,24 @@ def table(figures: dict) -> str:
 
 
 def task_of(argv: list[str]) -> type[Task]:
-    """The task whose script knows the most of the options on a command line and in the recipe it names."""
-    config, words = Parser("").parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    options = {f"--{str(key).replace('_', '-')}" for key in (read_recipe(Path(config.config)) if config.config else {})}
-    options |= {word.partition("=")[0] for word in words if word.startswith("--")}
-    return max(TASKS, key=lambda task: len(options & set(task.script.build_parser()._option_string_actions)))
+    """The task whose script has most of the options on a command line and in the recipe that it names."""
+    known, words = Parser("").parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    options = [str(key) for key in read_recipe(Path(known.config))] if known.config else []
+    options += [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+    names = {option.replace("-", "_") for option in options}
+    names |= {name.removeprefix("no_") for name in names}
+
+    def options_in_common(task: type[Task]) -> int:
+        return len(names & set(vars(task.script.build_parser().parse_args([]))))
+
+    return max(TASKS, key=options_in_common)
 
 
-def set_up(argv: list[str], kind: type[Task], description: str) -> tuple[argparse.Namespace, Bench]:
-    """The options and the benchmark of a command line.
+def parse_options(argv: list[str], kind: type[Task], description: str) -> argparse.Namespace:
+    """The options of a benchmark: those of the recipe's script, which `resolve` has not seen yet, and its own.
 
     Raises:
-        InputError: as the script does; no teacher or a control in its place, or nowhere to write --json.
+        InputError: an option is wrong, there is no teacher or a control in its place, or no folder for --json.
     """
     parser = kind.script.build_parser()
     parser.description = description
@@ -247,17 +274,19 @@ def set_up(argv: list[str], kind: type[Task], description: str) -> tuple[argpars
         raise InputError("--kd-control: a benchmark times the teacher itself; leave it out")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise InputError(f"--json {args.json}: no such folder")
+    args.dry_run = True  # keeps nothing on disk
     args.log_interval, args.log_with = 10**9, None
-    args.kd_off, args.kd_warmup, args.kd_hold, args.kd_decay = "never", 0.0, 0.0, 0.0
-    task = kind(args)
-    args.dry_run = True  # keeps nothing; after the options are resolved, which it would change
-    return args, Bench(task, Run(args, task.name))
+    args.kd_off = "never"  # the teacher takes part in every update, from the first one on
+    args.kd_warmup = args.kd_hold = args.kd_decay = 0.0
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args, bench = set_up(argv, task_of(argv), __doc__)
-    figures = measure(bench, args.rounds, args.round_updates)
+    kind = task_of(argv)
+    args = parse_options(argv, kind, description=__doc__)
+    bench = Bench(kind(args))
+    figures = measure(bench, rounds=args.rounds, count=args.round_updates)
     if bench.run.is_main:
         print(table(figures))
         if args.json:

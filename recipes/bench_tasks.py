@@ -1,207 +1,293 @@
-"""What a benchmark needs of each script: its options, data, models and loop. All functions are the script's own."""
+"""The recipes of each script as a benchmark needs them: ready to train, with or without the teacher."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import ClassVar
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 import train_cls
 import train_det
 import train_diffusion
-from w2s.detection import loading as boxes
-from w2s.detection.data import load_detection
-from w2s.detection.models import DETECTORS, TERMS
-from w2s.diffusion.data import load_pixels
+from w2s.detection import loading as detection_loading
+from w2s.detection.flops import detection_flops
+from w2s.detection.models import check_buildable
+from w2s.detection.options import open_training_data, reference_warmup
+from w2s.diffusion.data import load_diffusion_data
+from w2s.diffusion.judge import resolve_sample_steps
 from w2s.diffusion.process import noise_schedule
-from w2s.engine.optim import build_optimizer, scaled_lr
+from w2s.distillation import Distillation
+from w2s.engine.optim import build_ema, build_optimizer, scaled_lr
+from w2s.engine.plan import Plan, plan_updates
 from w2s.engine.run import Run
+from w2s.engine.teaching import early_phase
 from w2s.engine.training import Job
-from w2s.images import loading
+from w2s.images import loading as image_loading
+from w2s.images.augmentation import build_mixup
 from w2s.images.data import load_data
 from w2s.teacher import Teacher
 
 
 class Task:
-    """One recipe of a script: options on making, data on `load`.
+    """One recipe of a script, ready to train.
+
+    A subclass resolves the options and opens the data as its script's `main` does. Models, losses and loop are the
+    script's own functions.
 
     Args:
-        args: parsed options; resolved here.
+        args: the options of a benchmark; the script's `resolve` completes them.
+
+    Attributes:
+        run: the run that all jobs belong to.
+        plan: how the run is cut into updates.
+        cache: where the images are kept, as the values of `--cache` say it.
 
     Raises:
         InputError: as the script does.
     """
 
     script: ClassVar[ModuleType]
-    name: ClassVar[str]  # as in Run
-    mode: ClassVar[str] = "max"
-    unit: ClassVar[str] = "epoch"  # what u counts
-    terms: tuple[str, ...] = ()
+    name: ClassVar[str]  # as `Run` takes it
+    mode: ClassVar[str] = "max"  # whether a higher ("max") or a lower ("min") metric is better
+    run: Run
+    plan: Plan
+    cache: str
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
 
     @property
     def length(self) -> int:
-        """Of the run, in `unit`s."""
+        """The length of the run, in epochs or in updates, whichever its schedules count."""
         return self.args.epochs
 
-    @property
-    def samples(self) -> int:
-        """Training examples an epoch."""
-        return self.data.samples
+    def job(self, taught: bool) -> Job:
+        """A student before its first update, alone or `taught` by a teacher that takes part in every update."""
+        self.run.seed_all()
+        student = self.build_student().to(self.run.device)
+        phase = early_phase(self.args, length=self.length, mode=self.mode) if taught else None
+        kd = Distillation(phase, unit=self.plan.unit, updates_per_epoch=self.plan.updates_per_epoch)
+        if taught:
+            kd.teacher = self.build_teacher(student)
+        optimizer, scheduler = self.build_optimizer(student)
+        return self.build_job(kd, student=student, optimizer=optimizer, scheduler=scheduler)
 
-    def load(self, run: Run) -> None:
-        """Open the data, as `self.data`."""
+    def loader_options(self) -> dict:
+        """What the training batches of all tasks depend on."""
+        return {
+            "batch_size": self.args.batch_size,
+            "batches_per_epoch": self.plan.updates_per_epoch * self.args.grad_accum_steps,
+            "start": 0,
+            "seed": self.args.seed,
+            "workers": self.args.workers,
+        }
 
-    def student(self) -> nn.Module:
+    def batches(self) -> Iterator:
+        """The training batches of this process on its device, from the first one on and without end."""
+        raise NotImplementedError
+
+    def build_student(self) -> nn.Module:
         """The student, on the CPU."""
+        raise NotImplementedError
 
-    def teacher(self, run: Run, student: nn.Module) -> Teacher:
-        """Fitted to the student."""
+    def build_teacher(self, student: nn.Module) -> Teacher:
+        """The teacher, fitted to the student."""
+        raise NotImplementedError
 
-    def flops(self, student: nn.Module, teacher: Teacher, images: int) -> dict:
-        """As the scripts count them."""
+    def build_optimizer(self, student: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
+        """The optimiser and the learning-rate schedule of the recipe."""
+        raise NotImplementedError
+
+    def build_job(
+        self, kd: Distillation, *, student: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Scheduler
+    ) -> Job:
+        """The student in training."""
+        raise NotImplementedError
 
     def train(self, job: Job, stop: int, batches: Iterator) -> None:
-        """The script's loop."""
-
-    def batches(self, run: Run, count: int) -> Iterator:
-        """Endless training batches of this process, `count` an epoch."""
-        return loading.train_batches(self.data.train, self.args, run.accelerator, 0, count)
-
-    def optimizer(
-        self, student: nn.Module, images: int, updates_per_epoch: int
-    ) -> tuple[torch.optim.Optimizer, Scheduler]:
-        """For updates of so many images."""
-        return build_optimizer(self.args, student, scaled_lr(self.args, images), self.length, updates_per_epoch)
-
-    def channels_last(self, student: nn.Module) -> nn.Module:
-        """In NHWC memory."""
-        return student.to(memory_format=torch.channels_last)
-
-    def compiled(self, model: nn.Module) -> nn.Module:
-        """The part of a model that --torchcompile means."""
-        return model
-
-    @property
-    def export(self) -> Callable:
-        """Writes the model; a benchmark does not."""
-        return self.script.export
+        """Train until `stop` updates are done."""
+        raise NotImplementedError
 
 
 class Classification(Task):
-    """train_cls.py."""
+    """A recipe of train_cls.py."""
 
-    script, name = train_cls, "cls"
+    script = train_cls
+    name = "cls"
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
-        self.config = train_cls.resolve(args)
+        self.data_config = train_cls.resolve(args)
+        self.run = Run(args, task=self.name)
+        self.data = load_data(args, self.data_config, self.run.accelerator, cache=args.cache)
+        self.cache = self.data.cache
+        self.plan = plan_updates(args, self.run, self.data.samples, epochs=args.epochs)
+        self.criterion = train_cls.build_criterion(args)
+        self.mixup = build_mixup(args, self.data.num_classes)
 
-    def load(self, run: Run) -> None:
-        self.data = load_data(self.args, self.config, self.args.num_classes, run.accelerator)
-        self.criterion = train_cls.task_criterion(self.args)
-        self.mixup = train_cls.build_mixup(self.args, self.data.num_classes)
+    def batches(self) -> Iterator:
+        return image_loading.train_batches(self.data.train, self.run.accelerator, **self.loader_options())
 
-    def student(self) -> nn.Module:
-        return train_cls.build_student(self.args, self.config, self.data.num_classes)
+    def build_student(self) -> nn.Module:
+        return train_cls.build_student(self.args, self.data_config, self.data.num_classes)
 
-    def teacher(self, run: Run, student: nn.Module) -> Teacher:
-        return train_cls.set_up_teacher(self.args, run, self.config, self.data)
+    def build_teacher(self, student: nn.Module) -> Teacher:
+        return train_cls.build_teacher(self.args, self.run, self.data_config, self.data.num_classes)
 
-    def flops(self, student: nn.Module, teacher: Teacher, images: int) -> dict:
-        return train_cls.flops_of(student, teacher, self.args, self.config, images)
+    def build_optimizer(self, student: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
+        return build_optimizer(
+            self.args,
+            student,
+            lr=scaled_lr(self.args, self.plan.batch),
+            length=self.length,
+            updates_per_unit=self.plan.updates_per_epoch,
+        )
+
+    def build_job(
+        self, kd: Distillation, *, student: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Scheduler
+    ) -> Job:
+        args = self.args
+        flops = train_cls.flops_of(args, self.data_config, student, kd, self.plan.batch)
+        if args.sync_bn:
+            student = convert_sync_batchnorm(student)
+        if args.channels_last:
+            student = student.to(memory_format=torch.channels_last)
+        ema = build_ema(args, student)
+        if args.torchcompile:
+            student.compile(backend=args.torchcompile)
+            kd.compile(args.torchcompile)
+        model, optimizer = self.run.accelerator.prepare(student, optimizer)
+        return Job(
+            args,
+            self.run,
+            self.plan,
+            kd,
+            student=student,
+            model=model,
+            ema=ema,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            flops=flops,
+            export=train_cls.export,
+        )
 
     def train(self, job: Job, stop: int, batches: Iterator) -> None:
-        train_cls.train(job, stop, batches, self.criterion, self.mixup)
+        train_cls.train(self.args, job, stop, batches, criterion=self.criterion, mixup=self.mixup)
 
 
 class Detection(Task):
-    """train_det.py."""
+    """A recipe of train_det.py."""
 
-    script, name = train_det, "det"
+    script = train_det
+    name = "det"
+    cache = "none"
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         self.config = train_det.resolve(args)
-        self.names = TERMS[args.detector]
-        self.terms = (*DETECTORS[args.detector].losses, *(f"kd_{name}" for name in self.names))
+        self.run = Run(args, task=self.name)
+        check_buildable(self.config)
+        self.data = open_training_data(args, self.config.kind.first_label)
+        self.plan = plan_updates(args, self.run, len(self.data.train), epochs=args.epochs)
 
-    @property
-    def samples(self) -> int:
-        return len(self.data.train)
+    def batches(self) -> Iterator:
+        return detection_loading.train_batches(
+            self.data.train, self.run.accelerator, group_aspect=self.args.group_aspect, **self.loader_options()
+        )
 
-    def load(self, run: Run) -> None:
-        self.data = load_detection(self.args, DETECTORS[self.args.detector].first_label)
-        self.config.classes = self.data.classes
+    def build_student(self) -> nn.Module:
+        return train_det.build_student(self.args, self.config, self.data.classes)
 
-    def student(self) -> nn.Module:
-        return train_det.build_student(self.args, self.config)
+    def build_teacher(self, student: nn.Module) -> Teacher:
+        return train_det.build_teacher(self.args, self.run, student)
 
-    def teacher(self, run: Run, student: nn.Module) -> Teacher:
-        return train_det.set_up_teacher(self.args, run, student)
+    def build_optimizer(self, student: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
+        lr = scaled_lr(self.args, self.plan.batch)
+        return build_optimizer(
+            self.args,
+            student,
+            lr=lr,
+            length=self.length,
+            updates_per_unit=self.plan.updates_per_epoch,
+            **reference_warmup(self.args, lr, self.plan.updates_per_epoch),
+        )
 
-    def flops(self, student: nn.Module, teacher: Teacher, images: int) -> dict:
-        return train_det.flops_of(student, teacher, self.data, images)
+    def build_job(
+        self, kd: Distillation, *, student: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Scheduler
+    ) -> Job:
+        return train_det.build_job(
+            self.args,
+            self.run,
+            self.plan,
+            kd,
+            student=student,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            flops=detection_flops(student, kd.teacher, self.data.train, batch=self.plan.batch),
+        )
 
     def train(self, job: Job, stop: int, batches: Iterator) -> None:
-        train_det.train(job, stop, batches, self.names)
-
-    def batches(self, run: Run, count: int) -> Iterator:
-        return boxes.train_batches(self.data.train, self.args, run.accelerator, 0, count)
-
-    def optimizer(
-        self, student: nn.Module, images: int, updates_per_epoch: int
-    ) -> tuple[torch.optim.Optimizer, Scheduler]:
-        lr = scaled_lr(self.args, images)
-        schedule = train_det.reference_warmup(self.args, lr, updates_per_epoch)
-        return build_optimizer(schedule, student, lr, self.length, updates_per_epoch)
-
-    def channels_last(self, student: nn.Module) -> nn.Module:
-        student.backbone.memory_format = torch.channels_last
-        return super().channels_last(student)
-
-    def compiled(self, model: nn.Module) -> nn.Module:
-        return model.backbone
+        train_det.train(self.args, job, stop, batches)
 
 
 class Diffusion(Task):
-    """train_diffusion.py."""
+    """A recipe of train_diffusion.py.
 
-    script, name, mode, unit = train_diffusion, "diffusion", "min", "update"
+    Attributes:
+        sample_steps: how many steps the recipe samples in; the dry run that a benchmark is would take fewer.
+    """
+
+    script = train_diffusion
+    name = "diffusion"
+    mode = "min"
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
+        self.sample_steps = resolve_sample_steps(args.sample_steps, args.sampler, args.diffusion_steps)
         train_diffusion.resolve(args)
         self.process = noise_schedule(args.betas, args.diffusion_steps, args.prediction)
+        self.run = Run(args, task=self.name)
+        self.data = load_diffusion_data(args, self.run.accelerator, cache=args.cache)
+        self.cache = self.data.cache
+        self.plan = plan_updates(args, self.run, self.data.samples, updates=args.updates)
 
     @property
     def length(self) -> int:
         return self.args.updates
 
-    def load(self, run: Run) -> None:
-        self.data = load_pixels(self.args, run.accelerator)
+    def batches(self) -> Iterator:
+        return image_loading.train_batches(self.data.train, self.run.accelerator, **self.loader_options())
 
-    def student(self) -> nn.Module:
+    def build_student(self) -> nn.Module:
         return train_diffusion.build_student(self.args, self.data.num_classes, self.process)
 
-    def teacher(self, run: Run, student: nn.Module) -> Teacher:
-        return train_diffusion.set_up_teacher(self.args, run, student, self.process)
+    def build_teacher(self, student: nn.Module) -> Teacher:
+        return train_diffusion.build_teacher(self.args, self.run, student, self.process)
 
-    def flops(self, student: nn.Module, teacher: Teacher, images: int) -> dict:
-        return train_diffusion.flops_of(student, teacher, self.args, images)
+    def build_optimizer(self, student: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
+        lr = scaled_lr(self.args, self.plan.batch)
+        return build_optimizer(self.args, student, lr=lr, length=self.length, updates_per_unit=1, unit="updates")
+
+    def build_job(
+        self, kd: Distillation, *, student: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Scheduler
+    ) -> Job:
+        return train_diffusion.build_job(
+            self.args,
+            self.run,
+            self.plan,
+            kd,
+            student=student,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            process=self.process,
+        )
 
     def train(self, job: Job, stop: int, batches: Iterator) -> None:
-        train_diffusion.train(job, stop, batches, self.process)
-
-    def optimizer(
-        self, student: nn.Module, images: int, updates_per_epoch: int
-    ) -> tuple[torch.optim.Optimizer, Scheduler]:
-        return build_optimizer(self.args, student, scaled_lr(self.args, images), self.length, 1, unit="updates")
+        train_diffusion.train(self.args, job, stop, batches, process=self.process)
 
 
 TASKS = (Classification, Detection, Diffusion)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import bench
 import beside
+import growth
 import pytest
+import reference_loops
 from helpers import DETECT, DIGITS, FOLDER, RESNET, ROOT, TEACHER, call_script, image_folder, words
 
 import train_cls
-from w2s.detection.models import DetectorConfig, build_detector, export
-from w2s.diffusion.denoisers import export as export_denoiser
+from w2s.detection.config import DetectorConfig
+from w2s.detection.models import build_detector, export_detector
 from w2s.diffusion.denoisers import unet
+from w2s.diffusion.exports import export_denoiser
 from w2s.diffusion.process import noise_schedule
 from w2s.engine.errors import InputError
 
@@ -69,20 +72,30 @@ ONCE = "--rounds 1 --round-updates 1 --name bench --output"
 
 @pytest.fixture
 def denoiser(tmp_path) -> list:
-    """A diffusion teacher of no training, and a student for it."""
-    export_denoiser(
-        unet("nc8-rb1", 8, 1, channel_mult=(1,), attention=()), noise_schedule(), tmp_path / "weak" / "model"
-    )
+    """Options of train_diffusion.py: a teacher without any training, and a student for it."""
+    weak = unet("nc8-rb1", 8, in_chans=1, channel_mult=(1,), attention=())
+    export_denoiser(weak, noise_schedule(), tmp_path / "weak" / "model")
     model = "--model nc8-rb1 --model-kwargs channel_mult=(1,2) attention=(4,) --fd-samples 4 --sample-steps 2"
     return words("--dataset digits --train-samples 64 -b 8 --workers 0", model, "--teacher", tmp_path / "weak")
 
 
 @pytest.fixture
 def detector(digits_det, tmp_path) -> list:
-    """The same for detection."""
-    weak = DetectorConfig("retinanet", "resnet10t", list("0123456789"), "gn", [8, 16], 0, 2.0, 8, 64, 64)
-    weak.model_kwargs = {"channels": (8, 8, 8, 8), "stem_width": 8}
-    export(build_detector(weak), tmp_path / "weak" / "model")
+    """Options of train_det.py: a teacher without any training, and a student for it."""
+    config = DetectorConfig(
+        "retinanet",
+        backbone="resnet10t",
+        classes=list("0123456789"),
+        norm="gn",
+        strides=[8, 16],
+        extra_levels=0,
+        anchor_scale=2.0,
+        fpn_channels=8,
+        min_size=64,
+        max_size=64,
+        model_kwargs={"channels": (8, 8, 8, 8), "stem_width": 8},
+    )
+    export_detector(build_detector(config), tmp_path / "weak" / "model")
     return words(DETECT, "--data", digits_det, "--teacher", tmp_path / "weak")
 
 
@@ -114,7 +127,7 @@ def test_detection_beside_torchvisions_loop(detector, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "WARMUP", 1)
     command = words("det", detector, ONCE, tmp_path, "--json")
     losses = []
-    monkeypatch.setattr(beside.Meters, "update", lambda self, **values: losses.append(values))
+    monkeypatch.setattr(reference_loops.Meters, "update", lambda self, **values: losses.append(values))
     call_script(beside.main, command, tmp_path / "b.json")
     figures = json.loads((tmp_path / "b.json").read_text())
     assert set(figures["seconds_per_update"]) == {"plain", "teacher", "reference"}
@@ -130,6 +143,32 @@ def test_diffusion_beside_diffusers_loop_and_pipeline(denoiser, tmp_path, monkey
     assert figures["flops_bound"] > 1 and figures["sampling_reference_ratio"] > 0
     with pytest.raises(InputError, match="without classes"):
         call_script(beside.main, "diffusion", denoiser, "--class-cond", ONCE, tmp_path)
+
+
+def test_growth_changes_one_thing_at_a_time():
+    settings = growth.settings_of([128, 32], img_sizes=[32, 64, 96], processes=[1, 2])
+    first, *others = settings
+    assert first == (128, 32, 1) and len(set(settings)) == 5
+    assert all(sum(a != b for a, b in zip(first, other, strict=True)) == 1 for other in others)
+
+
+COUNTS_PROCESSES = """
+import json, sys
+from accelerate import Accelerator
+accelerator = Accelerator()
+if accelerator.is_main_process:
+    with open(sys.argv[sys.argv.index("--json") + 1], "w") as file:
+        json.dump({"processes": accelerator.num_processes, "argv": sys.argv[1:5]}, file)
+"""
+
+
+def test_growth_starts_as_many_processes_as_it_says(tmp_path, monkeypatch):
+    script = tmp_path / "bench.py"
+    script.write_text(COUNTS_PROCESSES)
+    monkeypatch.setattr(growth, "BENCHMARK", script)
+    monkeypatch.setattr(growth.torch.cuda, "is_available", lambda: False)  # two processes may share no GPU
+    figures = growth.measure(growth.Setting(batch_size=8, img_size=16, processes=2), options=[])
+    assert figures == {"processes": 2, "argv": ["--batch-size", "8", "--img-size", "16"]}
 
 
 def test_the_benchmark_of_any_recipe_is_that_of_its_script():

@@ -4,8 +4,8 @@ r"""Train a diffusion model of images (DDPM), sooner with a weaker teacher's hel
 One GPU or CPU      python train_diffusion.py -c recipes/digits_diffusion_w2s.yaml
 One GPU, bf16       accelerate launch --mixed_precision bf16 train_diffusion.py -c recipes/cifar10_nc128rb3_w2s.yaml
 One node, 8 GPUs    accelerate launch --config_file recipes/accelerate/one_node_8gpu.yaml train_diffusion.py -c RECIPE
-Two nodes           accelerate launch --config_file recipes/accelerate/two_nodes.yaml --machine_rank 0|1 \
-                        --main_process_ip HOST train_diffusion.py -c RECIPE
+Two nodes           accelerate launch --config_file recipes/accelerate/two_nodes.yaml --main_process_ip HOST \
+                        --machine_rank 0|1 train_diffusion.py -c RECIPE
 Resume              any of these commands with --resume auto
 
 Without --teacher this trains a baseline, which is also how a teacher is made. Denoisers are judged by the Frechet
@@ -202,10 +202,10 @@ def build_job(
 
 def train(args, job: Job, stop: int, batches: Iterator, process: DDPMScheduler) -> None:
     """Train the denoiser until `stop` updates are done or a signal asks to end."""
-    kd, accelerator, accum = job.distillation, job.run.accelerator, args.grad_accum_steps
+    kd, accelerator = job.distillation, job.run.accelerator
     for update in job.updates(stop):
         losses = torch.zeros(3, device=job.run.device)
-        for micro in range(accum):
+        for micro in range(args.grad_accum_steps):
             images, labels = next(batches)
             noise, t = draw_noise(images, accelerator, steps=args.diffusion_steps, key=(args.seed, update, micro))
             x_t = process.add_noise(images, noise, t)
@@ -213,15 +213,15 @@ def train(args, job: Job, stop: int, batches: Iterator, process: DDPMScheduler) 
                 x_t = x_t.contiguous(memory_format=torch.channels_last)
             inputs = (x_t, t, labels if args.class_cond else None)
 
-            with job.accumulating(last=micro == accum - 1):
+            with job.accumulating(last=micro == args.grad_accum_steps - 1):
                 prediction = job.model(*inputs)
                 task_loss = denoising_loss(process, prediction, images=images, noise=noise, t=t, min_snr=args.min_snr)
                 loss, kd_loss = task_loss, torch.zeros_like(task_loss)
                 if kd.weight > 0:  # L = L_task + lambda(u) L_kd, teacher and student at the same x_t and t
                     kd_loss = mse_epsilon(as_epsilon(process, prediction, x_t=x_t, t=t), kd.teach(*inputs))
                     loss = task_loss + kd.weight * kd_loss
-                accelerator.backward(loss / accum)
-            losses += torch.stack([loss, task_loss, kd_loss]).detach() / accum
+                accelerator.backward(loss / args.grad_accum_steps)
+            losses += torch.stack([loss, task_loss, kd_loss]).detach() / args.grad_accum_steps
         job.step(losses)
 
 

@@ -29,20 +29,16 @@ from w2s.engine.errors import InputError
 from w2s.engine.main import call_main
 from w2s.engine.optim import build_ema, build_optimizer, scaled_lr
 from w2s.engine.options import (
-    KeyValues,
-    Parser,
     add_data_options,
     add_kd_options,
     add_optimizer_options,
     add_run_options,
-    add_switch,
     add_training_options,
     add_weights_options,
     check_targets,
-    positive_int,
     run_name,
-    share,
 )
+from w2s.engine.parsing import KeyValues, Parser, add_switch, positive_int, share
 from w2s.engine.plan import accumulation_dtype, grid_point, plan_updates
 from w2s.engine.run import Run
 from w2s.engine.teaching import early_phase, kd_window, start_distillation

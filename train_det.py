@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from w2s.detection.config import DETECTOR_KINDS, DetectorConfig, check_classes
@@ -41,29 +42,22 @@ from w2s.detection.models import (
 from w2s.detection.options import (
     add_detection_augmentation_options,
     add_detection_data_options,
+    add_detection_optimizer_options,
+    add_detection_training_options,
     add_detector_options,
     check_augmentation,
     detector_config,
     open_report,
     open_training_data,
     reference_warmup,
-    set_reference_schedule,
 )
 from w2s.detection.teacher import DetectorTeacher, load_detector_teacher
 from w2s.detection.terms import distillation_terms
 from w2s.distillation import Distillation
 from w2s.engine.main import call_main
 from w2s.engine.optim import build_ema, build_optimizer, scaled_lr
-from w2s.engine.options import (
-    Parser,
-    add_kd_options,
-    add_optimizer_options,
-    add_run_options,
-    add_switch,
-    add_training_options,
-    check_targets,
-    run_name,
-)
+from w2s.engine.options import add_kd_options, add_run_options, check_targets, run_name
+from w2s.engine.parsing import Parser
 from w2s.engine.plan import Plan, grid_point, plan_updates
 from w2s.engine.run import Run
 from w2s.engine.teaching import early_phase, kd_window, start_distillation
@@ -82,13 +76,8 @@ def build_parser() -> Parser:
     add_kd_options(
         parser, "a run folder, exported folder, or .safetensors/.pth file with its backbone as --teacher-model"
     )
-    add_optimizer_options(parser)
-    set_reference_schedule(parser)
-    group = add_training_options(parser, epochs=26, batch_size=2)
-    group.add_argument(
-        "--switch-metric", choices=["AP50", "AP"], default="AP50", help="of --target, --teacher-score and switch-off"
-    )
-    add_switch(group, "--group-aspect", "batches of images of one aspect ratio (default)", default=True)
+    add_detection_optimizer_options(parser)
+    add_detection_training_options(parser)
     add_detection_augmentation_options(parser)
     return parser
 
@@ -139,7 +128,15 @@ def build_teacher(args, run: Run, student: nn.Module) -> DetectorTeacher:
 
 
 def build_job(
-    args, run: Run, plan: Plan, kd: Distillation, *, student: nn.Module, optimizer, scheduler, flops: dict
+    args,
+    run: Run,
+    plan: Plan,
+    kd: Distillation,
+    *,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Scheduler,
+    flops: dict[str, int],
 ) -> Job:
     """The student ready for training: its memory format, moving average, compilation, precision and processes."""
     student = prepare_layout(student, channels_last=args.channels_last, sync_bn=args.sync_bn)
@@ -167,11 +164,12 @@ def build_job(
 def train(args, job: Job, stop: int, batches: Iterator) -> None:
     """Train until `stop` updates are done, or a signal asks to end."""
     kd, accelerator, term_names = job.distillation, job.run.accelerator, DETECTOR_KINDS[args.detector].terms
+    micro_batches = args.grad_accum_steps
     for _ in job.updates(stop):
         losses = torch.zeros(3 + len(job.terms), device=job.run.device)
-        for micro in range(args.grad_accum_steps):
+        for micro in range(micro_batches):
             images, targets = next(batches)
-            with job.accumulating(last=micro == args.grad_accum_steps - 1):
+            with job.accumulating(last=micro == micro_batches - 1):
                 task_terms, view = job.model(images, targets)  # torchvision's losses, and what the teacher needs
                 task_loss = sum(task_terms.values())
                 loss, kd_loss = task_loss, torch.zeros_like(task_loss)
@@ -180,10 +178,10 @@ def train(args, job: Job, stop: int, batches: Iterator) -> None:
                     kd_terms = distillation_terms(view, kd.teach(view), kd.temperature)
                     kd_loss = sum(kd_terms.values())
                     loss = task_loss + kd.weight * kd_loss
-                accelerator.backward(loss / args.grad_accum_steps)
+                accelerator.backward(loss / micro_batches)
             view = None  # frees the activations that it holds before the next forward
             values = torch.stack([loss, task_loss, kd_loss, *task_terms.values(), *kd_terms.values()])
-            losses += values.detach() / args.grad_accum_steps
+            losses += values.detach() / micro_batches
         job.step(losses)
 
 

@@ -33,19 +33,15 @@ from w2s.engine.errors import InputError, on_one_line
 from w2s.engine.main import call_main
 from w2s.engine.optim import build_ema, build_optimizer, scaled_lr
 from w2s.engine.options import (
-    KeyValues,
-    Parser,
     add_data_options,
     add_kd_options,
     add_optimizer_options,
     add_run_options,
-    add_switch,
     add_weights_options,
     check_targets,
-    positive_int,
-    probability,
     run_name,
 )
+from w2s.engine.parsing import KeyValues, Parser, add_switch, positive_int, probability
 from w2s.engine.plan import Plan, plan_updates
 from w2s.engine.run import Run
 from w2s.engine.teaching import early_phase, kd_window, start_distillation
@@ -78,7 +74,7 @@ def build_parser() -> Parser:
     group.add_argument("--initial-checkpoint", metavar="PATH", help="start from a run folder or pipeline folder")
     add_switch(group, "--class-cond", "condition on the class; otherwise no labels are needed")
     add_process_options(group)
-    add_weights_options(group, sync_bn=False)
+    add_weights_options(group, sync_bn=False, ema=True, ema_decay=0.999)
 
     add_kd_options(parser, "a run folder or a diffusers pipeline folder", unit="updates")
     add_optimizer_options(parser, unit="updates")
@@ -91,7 +87,6 @@ def build_parser() -> Parser:
 
     add_judge_options(parser)
 
-    parser.set_defaults(model_ema=True, model_ema_decay=0.999, model_ema_warmup=True)
     parser.set_defaults(opt="adam", lr_base=None, weight_decay=0.0, sched="constant")
     parser.set_defaults(switch_split="0", kd_temperature=[1.0])
     return parser

@@ -28,7 +28,7 @@ from bench_tasks import TASKS, Task
 
 from w2s.engine.errors import InputError
 from w2s.engine.main import call_main
-from w2s.engine.options import Parser, positive_int, read_recipe
+from w2s.engine.parsing import Parser, positive_int, read_recipe
 from w2s.engine.run import environment
 from w2s.engine.training import Job
 

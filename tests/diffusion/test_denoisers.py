@@ -6,7 +6,8 @@ from diffusers import UNet2DModel
 from diffusion.fakes import tiny_vit
 from torch.testing import assert_close
 
-from w2s.diffusion.denoisers import build_denoiser, denoiser_flops, rebuild, unet
+from w2s.diffusion import unet  # the interface that others import
+from w2s.diffusion.denoisers import build_denoiser, denoiser_flops, rebuild
 from w2s.engine.errors import InputError
 
 

@@ -6,7 +6,8 @@ from helpers import refused
 
 from train_cls import build_parser, resolve
 from w2s.engine.checkpoint import plain
-from w2s.engine.options import Parser, add_switch, parse_targets
+from w2s.engine.options import parse_targets
+from w2s.engine.parsing import Parser, add_switch
 
 
 @pytest.fixture

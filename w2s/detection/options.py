@@ -1,6 +1,6 @@
-"""The options of detection, group by group: the data, the detector, the augmentation, and torchvision's schedule.
+"""The options of detection, group by group: data, detector, optimiser, training and augmentation.
 
-Beside each group stands the function that reads it.
+Beside each group stands what reads it.
 """
 
 import argparse
@@ -13,15 +13,8 @@ from w2s.detection.config import DETECTOR_KINDS, DetectorConfig
 from w2s.detection.data import DetectionData, open_detection, reporting_split, split_detection
 from w2s.detection.loading import DetectionSplit, detection_transform
 from w2s.engine.errors import InputError
-from w2s.engine.options import (
-    KeyValues,
-    Parser,
-    add_switch,
-    add_weights_options,
-    natural_int,
-    positive_int,
-    switch_fraction,
-)
+from w2s.engine.options import add_optimizer_options, add_training_options, add_weights_options, switch_fraction
+from w2s.engine.parsing import KeyValues, Parser, add_switch, natural_int, positive_int
 
 
 def add_detection_data_options(parser: Parser) -> None:
@@ -152,6 +145,47 @@ def detector_config(args: argparse.Namespace) -> DetectorConfig:
     )
 
 
+def add_detection_optimizer_options(parser: Parser) -> None:
+    """timm's optimiser and schedule, with the settings of torchvision's reference as the defaults.
+
+    The learning rate depends on the detector: see `DetectorKind.lr`. For the warm-up see `reference_warmup`.
+    """
+    add_optimizer_options(parser)
+    parser.set_defaults(
+        opt="momentum",
+        lr_base=None,
+        lr_base_size=16,
+        weight_decay=1e-4,
+        sched="multistep",
+        decay_milestones=[16.0, 22.0],
+        warmup_epochs=None,
+        warmup_lr=None,
+    )
+
+
+def reference_warmup(args: argparse.Namespace, lr: float, updates_per_epoch: int) -> dict[str, float]:
+    """torchvision's warm-up where the options give none: from lr / 1000, over 1,000 updates or the first epoch.
+
+    Returns:
+        `warmup` in epochs and `warmup_lr`, as far as they are not given, as arguments of `build_optimizer`.
+    """
+    warmup = {}
+    if args.warmup_epochs is None:
+        warmup["warmup"] = min(1000, updates_per_epoch - 1) / updates_per_epoch
+    if args.warmup_lr is None:
+        warmup["warmup_lr"] = lr / 1000
+    return warmup
+
+
+def add_detection_training_options(parser: Parser) -> None:
+    """Length, batches and evaluations of a training."""
+    group = add_training_options(parser, epochs=26, batch_size=2)
+    group.add_argument(
+        "--switch-metric", choices=["AP50", "AP"], default="AP50", help="of --target, --teacher-score and switch-off"
+    )
+    add_switch(group, "--group-aspect", "batches of images of one aspect ratio (default)", default=True)
+
+
 def add_detection_augmentation_options(parser: Parser) -> None:
     """torchvision's transforms of images with boxes."""
     group = parser.add_argument_group("augmentation (torchvision)")
@@ -184,34 +218,3 @@ def build_augmentation(args: argparse.Namespace) -> v2.Transform:
         scale_jitter=args.scale_jitter,
         max_size=args.max_size,
     )
-
-
-def set_reference_schedule(parser: Parser) -> None:
-    """Make the optimiser and schedule of torchvision's reference the defaults.
-
-    The learning rate depends on the detector: see `DetectorKind.lr`. For the warm-up see `reference_warmup`.
-    """
-    parser.set_defaults(
-        opt="momentum",
-        lr_base=None,
-        lr_base_size=16,
-        weight_decay=1e-4,
-        sched="multistep",
-        decay_milestones=[16.0, 22.0],
-        warmup_epochs=None,
-        warmup_lr=None,
-    )
-
-
-def reference_warmup(args: argparse.Namespace, lr: float, updates_per_epoch: int) -> dict[str, float]:
-    """torchvision's warm-up where the options give none: from lr / 1000, over 1,000 updates or the first epoch.
-
-    Returns:
-        `warmup` in epochs and `warmup_lr`, as far as they are not given, as arguments of `build_optimizer`.
-    """
-    warmup = {}
-    if args.warmup_epochs is None:
-        warmup["warmup"] = min(1000, updates_per_epoch - 1) / updates_per_epoch
-    if args.warmup_lr is None:
-        warmup["warmup_lr"] = lr / 1000
-    return warmup

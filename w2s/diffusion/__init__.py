@@ -1,1 +1,5 @@
-"""Diffusion: denoisers, the process, image data, and the distances that judge samples."""
+"""Diffusion: denoisers, the process, image data, and the distance that judges samples."""
+
+from w2s.diffusion.denoisers import unet
+
+__all__ = ["unet"]

@@ -25,7 +25,7 @@ from w2s.diffusion.frechet import (
 from w2s.diffusion.process import SAMPLERS, generate
 from w2s.engine.errors import InputError
 from w2s.engine.files import check_writable
-from w2s.engine.options import Parser, natural_int, positive_int
+from w2s.engine.parsing import Parser, natural_int, positive_int
 from w2s.engine.plan import accumulation_dtype
 from w2s.engine.randomness import mix_seed
 

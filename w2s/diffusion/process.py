@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from w2s.engine.errors import InputError
-from w2s.engine.options import not_negative, positive_int
+from w2s.engine.parsing import not_negative, positive_int
 from w2s.engine.randomness import mix_seed
 
 BETAS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # our names: diffusers' names

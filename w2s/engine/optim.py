@@ -54,22 +54,7 @@ def build_optimizer(
         raise InputError(f"--warmup-{unit} {warmup:g} is longer than the run of {length:g} {unit}")
     if decay <= 0:
         raise InputError(f"--decay-{unit} {decay:g}: must be above 0")
-    options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
-    try:
-        takes = inspect.signature(get_optimizer_class(args.opt.removeprefix("lookahead_"))).parameters
-        options = {**options, "fused": True if "fused" in takes else None, **args.opt_kwargs}  # one kernel, all tensors
-        optimizer = create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=lr,
-            weight_decay=args.weight_decay,
-            momentum=args.momentum,
-            **{k: v for k, v in options.items() if v is not None},
-        )
-    except Exception as error:  # every optimiser checks its arguments in its own way
-        raise InputError(f"--opt {args.opt}: {on_one_line(error)}") from None
-    if getattr(optimizer, "is_second_order", False):
-        raise InputError(f"--opt {args.opt}: second-order optimisers are not supported")
+    optimizer = _create_optimizer(args, model, lr)
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -87,6 +72,27 @@ def build_optimizer(
     except Exception as error:
         raise InputError(f"--sched {args.sched}: {on_one_line(error)}") from None
     return optimizer, scheduler
+
+
+def _create_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """timm's optimiser of the name --opt, fused (one kernel for all tensors) where torch has that."""
+    options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
+    try:
+        parameters = inspect.signature(get_optimizer_class(args.opt.removeprefix("lookahead_"))).parameters
+        options = {**options, "fused": True if "fused" in parameters else None, **args.opt_kwargs}
+        optimizer = create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            **{k: v for k, v in options.items() if v is not None},
+        )
+    except Exception as error:  # every optimiser checks its arguments in its own way
+        raise InputError(f"--opt {args.opt}: {on_one_line(error)}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"--opt {args.opt}: second-order optimisers are not supported")
+    return optimizer
 
 
 def build_ema(args, student: nn.Module) -> ModelEmaV3 | None:

@@ -7,7 +7,7 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from torchvision import transforms
 
 from w2s.engine.errors import InputError, on_one_line
-from w2s.engine.options import add_switch, not_negative
+from w2s.engine.parsing import add_switch, not_negative
 
 
 def add_augmentation_options(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from detection.detectors import KINDS, batch, student_and_teacher, tiny
 
+from w2s.controls import cyclic_permutation
 from w2s.detection.models import build_detector, export_detector
 from w2s.detection.teacher import DetectorTeacher, check_lined_up, load_detector_teacher
 from w2s.engine.errors import InputError
@@ -126,3 +127,28 @@ def test_a_teacher_is_a_folder_or_a_weights_file_with_its_backbone(tmp_path):
             load_detector_teacher(
                 str(tmp_path / spec), backbone=backbone, model_kwargs=kwargs if backbone else {}, student=tiny()
             )
+
+
+# ---- --kd-control shuffled ----
+
+
+@KINDS
+def test_shuffled_images_give_the_detectors_outputs_of_other_images(kind, accelerator):
+    student, teacher = student_and_teacher(kind, accelerator, same=True)
+    images = [torch.rand(3, 64, 64), torch.rand(3, 48, 64), torch.rand(3, 64, 40)]
+    boxes = {"boxes": torch.tensor([[4.0, 4, 30, 30]]), "labels": torch.tensor([1])}
+    _, view = student.train()(images, [boxes] * 3)
+    seen = []
+    forward = teacher.forward
+    teacher.forward = lambda batch: seen.append(batch) or forward(batch)
+
+    def permutation(count: int) -> torch.Tensor:
+        return cyclic_permutation(count, seed=7)
+
+    order = permutation(3).tolist()
+    plain, moved = teacher(view), teacher.shuffled(permutation, view)
+    assert seen[1].images.image_sizes == [view.images.image_sizes[row] for row in order]
+    assert seen[1].proposals is view.proposals
+    for name in ("cls", "box") if kind == "retinanet" else ("rpn_cls", "rpn_box"):
+        assert plain[name].shape == moved[name].shape
+        torch.testing.assert_close(moved[name].unflatten(0, (3, -1)), plain[name].unflatten(0, (3, -1))[order])

@@ -116,14 +116,12 @@ class Job:
         while self.update < stop and not self.stopped:
             self.run.seed_update(self.update)
             self.scheduler.step_update(self.update)
-            self._advance()
+            self.distillation.advance(self.update)
+            self._note_silence()
             yield self.update
-            self._advance()  # so that a checkpoint at the end of the window knows that it has ended
+            self.distillation.advance(self.update)  # so that a checkpoint at the end of the window knows of its end
+            self._note_silence()
             self.stopped = self.run.should_stop(self.update, now=self.update == stop)
-
-    def _advance(self) -> None:
-        self.distillation.advance(self.update)
-        self._note_silence()
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -187,11 +185,7 @@ class Job:
         return self.evaluated_model.eval()
 
     def evaluated(self, metrics: dict[str, float]) -> None:
-        """Write down an evaluation and keep the best model.
-
-        Args:
-            metrics: the reported metrics of `evaluated_model`.
-        """
+        """Write down the reported metrics of an evaluation and keep the best model."""
         run, record, kd = self.run, self.run.record, self.distillation
         self._note_silence()
         if not all(map(math.isfinite, metrics.values())):  # the last update may have broken the weights unnoticed
@@ -275,25 +269,18 @@ class Job:
         if run.keeps and run.is_main:
             self.export(self.evaluated_model, run.folder / "model")
         summary = run.record.summary()
-        metric, last, best = summary["metric"], summary["last"], summary["best"]
-        kept = f"{run.folder}" if run.keeps else "nothing kept"
-        run.log(f"done: {metric} {last:.4g} at the end, {best if best is None else f'{best:.4g}'} at best; {kept}")
-        for tau in summary["targets"]:
-            first = summary["targets"][tau]["first"]
-            cost = first and f"update {first['update']}, {first['train_seconds']:.1f} train seconds"
-            where = f"epoch {first['epoch']:.4g}, {cost}" if first else "never"
+        best = summary["best"] if summary["best"] is None else f"{summary['best']:.4g}"
+        place = run.folder if run.keeps else "nothing kept"
+        run.log(f"done: {summary['metric']} {summary['last']:.4g} at the end, {best} at best; {place}")
+        for tau, crossing in summary["targets"].items():
+            where = "never"
+            if first := crossing["first"]:
+                where = "epoch {epoch:.4g}, update {update}, {train_seconds:.1f} train seconds".format(**first)
             run.log(f"first@{tau}: {where}")
         run.finish("finished")
 
     def describe(self, model: str, optimizer: str, data: dict, targets: list[float], metric: str) -> None:
-        """Log the first lines: what will happen.
-
-        Args:
-            model: the student's name.
-            optimizer: names of the optimiser and the schedule, and the learning rate.
-            data: sizes of the splits by their names.
-            targets, metric: tau values and what they refer to.
-        """
+        """Log the first lines: what will happen. `data` holds the sizes of the splits by name."""
         run, plan = self.run, self.plan
         params = sum(p.numel() for p in self.student.parameters())
         run.log(

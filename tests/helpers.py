@@ -147,7 +147,7 @@ def _child(script: str, argv: list[str], log: str, env: dict) -> None:
     sys.argv = [script, *argv]
     from importlib import import_module
 
-    from w2s.engine.run import call_main
+    from w2s.engine.main import call_main
 
     call_main(import_module(script).main)
 

@@ -47,8 +47,8 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import train_cls
-from w2s.engine.errors import NonFiniteLoss, Preempted
-from w2s.engine.run import Finished, call_main
+from w2s.engine.errors import Finished, NonFiniteLoss, Preempted
+from w2s.engine.main import call_main
 from w2s.images.data import load_data
 from w2s.images.digits import Digits
 from w2s.images.models import create_model, export
@@ -303,10 +303,10 @@ def test_the_teachers_scores_are_those_of_its_export(treated, tiny_teacher):
     assert facts["model"] == "resnet10t" and Path(facts["checkpoint"]) == tiny_teacher / "model"
     assert facts["report"] == read_summary(tiny_teacher)["last"]
     args = train_cls.build_parser().parse_recipe(words(DIGITS, RESNET))
-    held_out = load_data(args, train_cls.resolve(args), None, Accelerator()).switch
-    assert np.bincount(held_out.source.targets[held_out.indices]).tolist() == [2] * 10
-    logits = timm_logits(tiny_teacher / "model", [held_out.source[i][0] for i in held_out.indices])
-    hits = logits.argmax(1).numpy() == held_out.source.targets[held_out.indices]
+    held_out = load_data(args, train_cls.resolve(args), Accelerator(), cache=args.cache).switch
+    assert np.bincount(held_out.dataset.targets[held_out.rows]).tolist() == [2] * 10
+    logits = timm_logits(tiny_teacher / "model", [held_out.dataset[i][0] for i in held_out.rows])
+    hits = logits.argmax(1).numpy() == held_out.dataset.targets[held_out.rows]
     assert facts["switch"] == pytest.approx(100 * hits.mean())
 
 
@@ -614,7 +614,7 @@ def test_options_that_change_the_result_may_not_change_on_resume(stopped, tmp_pa
     assert_same_run(folder, stopped[1])
 
 
-CACHED = "--pad-crop 2 --color-jitter 0 --reprob 0.5"  # what can be done on the device, so that auto keeps it there
+CACHED = "--pad-crop 2 --color-jitter 0"  # what can be done on the device, so that auto keeps it there
 
 
 def test_a_cached_run_continues_within_an_epoch_in_the_same_bits(tmp_path):

@@ -1,5 +1,6 @@
 """The images that diffusion trains on and is compared with."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +11,14 @@ import torch
 from helpers import words
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils.data import Dataset
 
 import train_diffusion
-from w2s.diffusion.data import load_pixels, save_grid
+from w2s.diffusion.data import load_diffusion_data, save_grid
 from w2s.engine.errors import InputError
 from w2s.engine.randomness import epoch_order
 from w2s.images.digits import Digits
+from w2s.images.loading import train_batches
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
 
@@ -23,18 +26,29 @@ ALONE = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_process
 def load(*parts: object):
     args = train_diffusion.build_parser().parse_recipe(words("--workers 0 --batch-size 8", *parts))
     train_diffusion.resolve(args)
-    return load_pixels(args, ALONE), args
+    return load_diffusion_data(args, ALONE, cache=args.cache), args
+
+
+def first_batches(train: Dataset, args, batches_per_epoch: int) -> Iterator:
+    """The batches of a run from its beginning, as train_diffusion.py makes them."""
+    return train_batches(
+        train,
+        ALONE,
+        batch_size=args.batch_size,
+        batches_per_epoch=batches_per_epoch,
+        start=0,
+        seed=args.seed,
+        workers=args.workers,
+    )
 
 
 @pytest.mark.parametrize("cache", ["device", "none"])
 def test_digits_as_they_are(cache):
-    from w2s.images.loading import train_batches
-
     data, args = load("--dataset digits --train-samples 100 --switch-split 0.1 --cache", cache)
     train, switch = data.train, data.switch
     assert (len(train), len(switch), len(data.report), data.samples) == (100, 120, 100, 100)
-    rows = data.train.indices if cache == "none" else None
-    batch, labels = next(train_batches(train, args, ALONE, 0, 12))
+    rows = data.train.rows if cache == "none" else None
+    batch, labels = next(first_batches(train, args, batches_per_epoch=12))
     assert batch.shape == (8, 1, 8, 8) and batch.min() >= -1 and batch.max() == 1
     pixels = data.report(range(100))
     assert pixels.dtype == torch.uint8
@@ -44,7 +58,7 @@ def test_digits_as_they_are(cache):
     if rows is not None:
         assert np.array_equal(pixels[:, 0].numpy(), digits.images[rows])
         assert labels.tolist() == digits.targets[rows[places]].tolist()
-        assert not set(rows) & set(data.switch.split.indices)
+        assert not set(rows) & set(data.switch.images.rows)
     held_out = {image.tobytes() for image in switch(range(120)).numpy()}
     assert not held_out & {image.tobytes() for image in pixels.numpy()}
 
@@ -54,7 +68,7 @@ def test_another_split_size_and_flips():
     assert len(data.report) == 597 and data.report(range(3)).shape == (3, 1, 16, 16)
     assert data.switch is not data.report and len(data.switch) == 50  # nothing held out: the training images
     flipped = 0
-    batches = data.train.train_batches(50, 1, 0, 0)
+    batches = data.train.train_batches(batch_size=50, batches_per_epoch=1, seed=0, start=0)
     images = next(batches)[0]
     for image, place in zip(images, epoch_order(50, 0, 0), strict=True):
         original = data.switch(range(place, place + 1))[0].float() / 127.5 - 1
@@ -66,7 +80,7 @@ def test_another_split_size_and_flips():
 
 def test_every_image_may_be_flipped():
     data, _ = load("--dataset digits --train-samples 20 --hflip 1")
-    images = next(data.train.train_batches(20, 1, 0, 0))[0]
+    images = next(data.train.train_batches(batch_size=20, batches_per_epoch=1, seed=0, start=0))[0]
     originals = data.switch(range(20))[epoch_order(20, 0, 0)].float() / 127.5 - 1
     assert_close(images, originals.flip(-1), atol=1e-6, rtol=0)
 
@@ -134,13 +148,11 @@ def unlabelled(root: Path, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["folder", "no column", *LABELS])
 def test_images_without_labels_train_without_classes_only(kind, tmp_path):
-    from w2s.images.loading import train_batches
-
     options = unlabelled(tmp_path / "set", kind) + " --img-size 8 --in-chans 1 --hflip 0 --switch-split 0.25"
     for cache in ("device", "none"):
         data, args = load(options, "--cache", cache)
         assert data.sizes == {"train": 9, "switch": 3, "report": 9}
-        seen = next(train_batches(data.train, args, ALONE, 0, 1))[0]
+        seen = next(first_batches(data.train, args, batches_per_epoch=1))[0]
         values = {round((float(image.mean()) + 1) * 127.5) for image in seen}
         assert len(values) == 8 and values < set(range(0, 240, 20))
     missing = r"'label'; see --target-key|--class-cond: .* have no labels, or one class"

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-# before torch is imported, here and in all processes started: one thread gives the same bits everywhere, no network
-os.environ["OMP_NUM_THREADS"] = "1"
+# before torch is imported, here and in all processes started: one thread, unless asked otherwise, and no network
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a measured speedup: set-up, a weak teacher, 3 seeds of the student without and with it, the comparison.
-# Safe to run again: what is finished is skipped, what was interrupted goes on. OUTPUT chooses another folder.
+# Safe to run again: finished runs are skipped, interrupted ones go on. OUTPUT chooses another folder.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 output=${OUTPUT:-output}
@@ -8,17 +8,18 @@ logs=$output/quickstart
 . recipes/pool.sh
 train=(python train_cls.py --output "$output" --resume auto -c)
 
-echo "The teacher: a ResNet-10 on 300 of scikit-learn's handwritten digits"
-"${train[@]}" recipes/digits_teacher.yaml
+echo "The teacher: a ResNet-10 on 350 of scikit-learn's handwritten digits"
+"${train[@]}" recipes/quickstart_teacher.yaml
 
 for seed in 0 1 2; do
-    echo "The student, a vision transformer on all of them, seed $seed: alone and with the teacher"
-    start "baseline-seed$seed" "${train[@]}" recipes/digits_baseline.yaml --seed $seed
-    start "w2s-seed$seed" "${train[@]}" recipes/digits_w2s.yaml --seed $seed --teacher "$output/digits_teacher-seed0"
+    echo "The student, a vision transformer on 600 of them, seed $seed: alone and with the teacher"
+    start "baseline-seed$seed" "${train[@]}" recipes/quickstart_baseline.yaml --seed $seed
+    start "w2s-seed$seed" "${train[@]}" recipes/quickstart_w2s.yaml --seed $seed \
+        --teacher "$output/quickstart_teacher-seed0"
     finish
     tail -n 4 "$logs/baseline-seed$seed.log" "$logs/w2s-seed$seed.log" | grep -E "first@|done" || true
 done
 
-python -m w2s.compare --baseline "$output"/digits_baseline-seed{0,1,2} --treated "$output"/digits_w2s-seed{0,1,2} \
-    --out "$logs"
+python -m w2s.compare --baseline "$output"/quickstart_baseline-seed{0,1,2} \
+    --treated "$output"/quickstart_w2s-seed{0,1,2} --out "$logs"
 echo "$logs/curves.png"

@@ -677,9 +677,9 @@ def test_eval_only_counts_alike_on_one_and_two_processes(baseline, tmp_path):
     one = evaluated(tmp_path, 1, options)
     two = evaluated(tmp_path, 2, options, "--batch-size 16")
     row = read_rows(folder)[-1]
-    assert one == {name: float(row[name]) for name in ("top1", "top5", "eval_loss")}
-    assert (one["top1"], one["top5"]) == (two["top1"], two["top5"])
-    assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-6)
+    for metrics in (one, two):  # the run's own weights were in another memory format
+        assert (metrics["top1"], metrics["top5"]) == (float(row["top1"]), float(row["top5"]))
+        assert metrics["eval_loss"] == pytest.approx(float(row["eval_loss"]), rel=1e-6)
     assert snapshot(folder) == before
 
 

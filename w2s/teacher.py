@@ -76,7 +76,8 @@ class Teacher:
     def _start_timing(self) -> Callable[[], None]:
         """Start timing a call; returns what ends it. On a GPU these are events, so that nothing waits."""
         if self.accelerator.device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
             begin.record()
             self._timings.append(lambda: begin.elapsed_time(end) / 1000)
             return end.record

@@ -67,7 +67,8 @@ class DetectorTeacher(Teacher):
             model.transform.image_std,
         )
         self.same_normalisation = bool((scale == 1).all()) and bool((shift == 0).all())
-        self.scale, self.shift = (values.view(-1, 1, 1).to(accelerator.device) for values in (scale, shift))
+        self.scale = scale.view(-1, 1, 1).to(accelerator.device)
+        self.shift = shift.view(-1, 1, 1).to(accelerator.device)
 
     def forward(self, batch: StudentView | list[Tensor]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Head outputs for a batch as the student resized and padded it, or detections for a list of images."""

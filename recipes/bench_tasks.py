@@ -1,6 +1,7 @@
 """The recipes of each script as a benchmark needs them: ready to train, with or without the teacher."""
 
 import argparse
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import ModuleType
 from typing import ClassVar
@@ -32,7 +33,7 @@ from w2s.images.data import load_data
 from w2s.teacher import Teacher
 
 
-class Task:
+class Task(ABC):
     """One recipe of a script, ready to train.
 
     A subclass resolves the options and opens the data as its script's `main` does. Models, losses and loop are the
@@ -86,31 +87,31 @@ class Task:
             "workers": self.args.workers,
         }
 
+    @abstractmethod
     def batches(self) -> Iterator:
         """The training batches of this process on its device, from the first one on and without end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_student(self) -> nn.Module:
         """The student, on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_teacher(self, student: nn.Module) -> Teacher:
         """The teacher, fitted to the student."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_optimizer(self, student: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
         """The optimiser and the learning-rate schedule of the recipe."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_job(
         self, kd: Distillation, *, student: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Scheduler
     ) -> Job:
         """The student in training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def train(self, job: Job, stop: int, batches: Iterator) -> None:
         """Train until `stop` updates are done."""
-        raise NotImplementedError
 
 
 class Classification(Task):

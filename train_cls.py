@@ -263,6 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     targets = check_targets(args, metric="top1", low=0.0, high=100.0)
     phase = early_phase(args, length=args.epochs, mode="max")
     run = Run(args, task="cls")
+
+    # images and student
     data = load_data(args, data_config, run.accelerator, cache=run.options["cache"])
     run.options["cache"] = data.cache
     run.seed_all()
@@ -271,11 +273,14 @@ def main(argv: list[str] | None = None) -> None:
         evaluate_only(args, run, student, data)
         return
 
+    # updates, optimiser, learning rate
     plan = plan_updates(args, run, data.samples, epochs=args.epochs)
     lr = scaled_lr(args, plan.batch)
     optimizer, scheduler = build_optimizer(
         args, student, lr=lr, length=args.epochs, updates_per_unit=plan.updates_per_epoch
     )
+
+    # the method: a frozen teacher, loaded only while its phase lasts and never prepared by Accelerate
     kd = start_distillation(
         args,
         run,
@@ -290,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     flops = run.state["flops"] if run.state else flops_of(args, data_config, student, kd, plan.batch)
 
+    # memory format, compilation, precision, processes
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
     if args.channels_last:

@@ -35,7 +35,8 @@ def complete_records(path: Path) -> list:
     end = time.monotonic() + TIMEOUT
     while time.monotonic() < end:
         with contextlib.suppress(struct.error, DecodeError):  # cut within a record
-            if (found := list(records(path)))[-1].WhichOneof("record_type") == "exit":
+            found = list(records(path))  # none at all before W&B has written its first
+            if found and found[-1].WhichOneof("record_type") == "exit":
                 return found
         time.sleep(0.1)
     raise AssertionError(f"{path} has no end")

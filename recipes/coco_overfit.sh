@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Are data, targets and boxes right? A small RetinaNet learns 16 images of COCO by heart, from nothing, and must find at
-# least 90 AP50 on them: the first training images whose objects are all 20 px or more on each side and none a crowd.
+# Checks that data, targets and boxes are right: a small RetinaNet is trained from scratch to learn 16 COCO images by
+# heart, and must reach an AP50 of at least 90 on them. The images are the first training images whose objects all
+# measure at least 20 px on each side and are not crowds.
 #
-#     bash recipes/coco_overfit.sh FOLDER      FOLDER has train2017/ and annotations/; OUTPUT chooses where the run goes
+#     bash recipes/coco_overfit.sh FOLDER
 #
-# Safe to run again: what was interrupted goes on.
+# FOLDER contains train2017/ and annotations/. OUTPUT chooses another folder for the run.
+#
+# Safe to run again: an interrupted run goes on.
 set -euo pipefail
 folder=$(cd "${1:?usage: coco_overfit.sh FOLDER, which has train2017/ and annotations/}" && pwd)
-set --  # setup.sh would install its arguments
+set --  # setup.sh would pass the arguments on to pip install
 . "$(dirname "$0")/setup.sh"
 output=${OUTPUT:-output}
 mkdir -p "$output"

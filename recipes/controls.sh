@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Is it what the teacher knows that makes the student faster? The student of the quickstart alone (baseline), taught (w2s),
-# with each --kd-control in the teacher's place, and with other ends of distillation (never, fixed); then the comparison.
+# Is it the teacher's knowledge that makes the student faster? Trains the student alone (baseline), with the teacher
+# (w2s), with each --kd-control in the teacher's place, and with other rules for ending the distillation (never, fixed).
+# Then compares all of them.
 #     bash recipes/controls.sh                          5 seeds of scikit-learn's digits
 #     bash recipes/controls.sh cifar10 [OPTIONS]        the recipes cifar10_cpu_*; OPTIONS go to train_cls.py in all runs,
 #                                                       e.g. --dataset hfds/FOLDER
-# SEEDS="0 1 2" takes other seeds, JOBS=1 one run at a time (2 side by side, so that their seconds compare only among
-# themselves), OUTPUT another folder. Safe to run again: what is finished is skipped, what was interrupted goes on.
+# SEEDS="0 1 2" chooses other seeds, and OUTPUT another folder. Two runs are trained side by side, so their seconds can
+# only be compared with each other; JOBS=1 trains one at a time. Safe to run again: finished runs are skipped,
+# interrupted ones go on.
 set -euo pipefail
 data=${1:-digits}
 options=("${@:2}")
-set --  # setup.sh would install its arguments
+set --  # setup.sh would pass the arguments on to pip install
 . "$(dirname "$0")/setup.sh"
 case $data in
     digits) base=digits fixed=8 short= ;;
-    cifar10) base=cifar10_cpu fixed=3 short=4 ;;  # its learning rate falls to 0: a short schedule is another baseline
+    cifar10) base=cifar10_cpu fixed=3 short=4 ;;  # its rate falls to 0, so a short schedule is another baseline
     *) echo "error: digits or cifar10, not $data" >&2; exit 2 ;;
 esac
 output=${OUTPUT:-output} seeds=${SEEDS:-0 1 2 3 4}
@@ -44,14 +46,14 @@ for seed in $seeds; do
 done
 finish
 
-groups=()  # of the seeds asked for, whatever else there is
+groups=()  # only the seeds asked for, even if the folder has others
 for arm in $arms; do
     for seed in $seeds; do
         [ "$arm" = short ] || groups+=(--arm "$arm=$output/${base}_$arm-seed$seed")
     done
 done
 python -m w2s.compare "${groups[@]}" --out "$logs"
-if [ -n "$short" ]; then  # another length is another schedule and another grid: compared by leave, and apart
+if [ -n "$short" ]; then  # short has another schedule and grid, so it is compared separately, with --allow
     groups=()
     for arm in baseline w2s short; do
         for seed in $seeds; do groups+=(--arm "$arm=$output/${base}_$arm-seed$seed"); done

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Detection from nothing to a measured speedup: weak teachers, the student without and with them, the comparison; 3 seeds
-# of RetinaNet and a pair of Faster R-CNN (FASTERRCNN_SEEDS="0 1 2" for more). Safe to run again. OUTPUT chooses another
-# folder, JOBS=1 one run at a time (2).
+# Detection, from nothing to a measured speedup: trains weak teachers and the students without and with them, for 3
+# seeds of RetinaNet and one pair of Faster R-CNN (FASTERRCNN_SEEDS="0 1 2" for more), and compares them. Safe to run
+# again: finished runs are skipped, interrupted ones go on. OUTPUT chooses another folder. JOBS=1 trains one run at a
+# time instead of two.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 output=${OUTPUT:-output}
 logs=$output/digits_det-logs
 . recipes/pool.sh
-train() { # RECIPE SEED, and more options
+train() { # RECIPE SEED [OPTIONS]
     start "$1-seed$2" python train_det.py -c "recipes/$1.yaml" --output "$output" --seed "$2" --resume auto "${@:3}"
 }
 
-train digits_det_fasterrcnn_teacher 0 # the longest of all: it goes on beside the first students
+train digits_det_fasterrcnn_teacher 0 # the longest run, so it goes on while the first students are trained
 train digits_det_teacher 0
 finish digits_det_teacher-seed0
 for name in digits_det digits_det_fasterrcnn; do

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Diffusion on scikit-learn's handwritten digits: the classifier whose features judge (digits_features), a weak
-# U-Net, 3 seeds of the strong U-Net without and with its early help, the comparison.
-# Safe to run again: what is finished is skipped, what was interrupted goes on. OUTPUT chooses another folder,
-# JOBS=1 one run at a time (2).
+# Diffusion on scikit-learn's handwritten digits: trains the classifier whose features judge the samples
+# (digits_features), a weak U-Net, and 3 seeds of the strong U-Net without and with its early help, and compares them.
+# Safe to run again: finished runs are skipped, interrupted ones go on. OUTPUT chooses another folder. JOBS=1 trains one
+# run at a time instead of two.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 output=${OUTPUT:-output}

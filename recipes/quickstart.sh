@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a measured speedup: set-up, a weak teacher, 3 seeds of the student without and with it, the comparison.
-# Safe to run again: finished runs are skipped, interrupted ones go on. OUTPUT chooses another folder.
+# From nothing to a measured speedup: installs the requirements, trains a weak teacher and 3 seeds of the student
+# without and with it, and compares them. Safe to run again: finished runs are skipped, interrupted ones go on. OUTPUT
+# chooses another folder.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 output=${OUTPUT:-output}

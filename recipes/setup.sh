@@ -1,5 +1,6 @@
-# Sourced by quickstart.sh and tests/run.sh: an environment with requirements.txt and "$@", from nothing or as it is.
-# Makes .venv in the repository unless an environment is active. Set PYTHON to choose the interpreter (3.11 or newer).
+# Sourced by the scripts in recipes/ and by tests/run.sh: installs requirements.txt and the packages in "$@", unless
+# that has been done already. Makes .venv in the repository if no environment is active. PYTHON chooses the interpreter
+# (3.11 or newer).
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
     [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv || exit 1

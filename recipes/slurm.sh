@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # sbatch recipes/slurm.sh train_cls.py recipes/imagenet_r50_r18.yaml [more options of the script]
 #
-# Two nodes of eight GPUs each; other numbers: sbatch --nodes N --gpus-per-node M recipes/slurm.sh ... Submit from the
-# root of the project, on a disk that all nodes see, with its Python environment active. The options --output, --name
-# and --seed come from the environment (OUTPUT, NAME, SEED), because this script reads OUTPUT/NAME/summary.json: the
-# launcher exits with 1 whatever the run returned, so what happens next hangs on the status the run has written itself.
-# Two minutes before the time is up the run is told to stop and saves; the job is queued again and goes on from there.
+# This runs on two nodes of eight GPUs each; for other numbers, give sbatch the options --nodes N --gpus-per-node M.
+# Submit it from the root of the project, on a disk that all nodes can access, with the project's Python environment
+# active. The options --output, --name and --seed come from the environment (OUTPUT, NAME, SEED), because this script
+# reads OUTPUT/NAME/summary.json. The launcher exits with 1 whatever exit code a failed run returned, so the next step
+# depends on the status that the run itself has written. Two minutes before the time is up, the run is told to stop and
+# saves. The job is then queued again and goes on from there.
 #
 #SBATCH --job-name=w2s
 #SBATCH --nodes=2
@@ -18,14 +19,14 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-MAX_CRASHES=3 # launches that may die without a word before the job gives up
+MAX_CRASHES=3 # launches that may crash without reporting a failure before the job gives up
 
-# The status in a summary.json; "none" where there is no readable one.
+# The status in a summary.json, or "none" if it cannot be read.
 status_of() {
     python -c 'import json, sys; print(json.load(open(sys.argv[1]))["status"])' "$1" 2>/dev/null || echo none
 }
 
-# Tells one writing of a file from the next, and from its absence.
+# Changes whenever the file is written again; "absent" if there is no file.
 version_of() {
     stat --format '%i %y' "$1" 2>/dev/null || echo absent
 }
@@ -35,20 +36,20 @@ version_of() {
 decide() {
     case "$1:$2" in
         finished:*) echo done ;;
-        *:no) echo refused ;; # it never began: bad input, or no GPU; trying again would not change that
+        *:no) echo refused ;; # the run never began (bad input, or no GPU); trying again would not help
         failed:*) echo failed ;;
         preempted:*) echo requeue ;;
         *) if [ "$3" -lt "$MAX_CRASHES" ]; then echo retry; else echo hopeless; fi ;;
     esac
 }
 
-# One launch on all nodes; always with --resume auto.
+# Launches the run once on all nodes, always with --resume auto.
 launch() {
     local head address
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     address=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch
-    # SLURM_NODEID is known only inside the task
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit it from sbatch
+    # SLURM_NODEID is only known inside the task
     # shellcheck disable=SC2016
     srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
         bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' accelerate \
@@ -79,7 +80,7 @@ main() {
     OUTPUT=${OUTPUT:-output}
     NAME=${NAME:-$(basename "${recipe%.*}")-seed$SEED}
     ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-recipes/accelerate/two_nodes.yaml}
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds to save in, not 30
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds for saving, instead of 30
     summary=$OUTPUT/$NAME/summary.json
 
     while true; do
@@ -119,7 +120,7 @@ main() {
     done
 }
 
-# sourced (by the tests): only the functions
+# The tests source this file to get the functions only.
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     main "$@"
     exit

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# How strong should the teacher be? The student of the quickstart alone, and taught by teachers of other lengths of training
-# and numbers of images; then the comparison, with speedup against the gap between student and teacher.
-# TEACHERS="1:300 6:300" takes other teachers (EPOCHS:IMAGES), SEEDS="0 1 2" other seeds, JOBS=1 one run at a time (2),
-# OUTPUT another folder. Safe to run again: what is finished is skipped, what was interrupted goes on.
+# How strong should the teacher be? Trains the student of recipes/digits_*.yaml alone and with teachers that were
+# trained for different numbers of epochs and on different numbers of images. Then compares them, and plots the speedup
+# against the gap between student and teacher.
+# TEACHERS="1:300 6:300" chooses other teachers (EPOCHS:IMAGES), SEEDS="0 1 2" other seeds, and OUTPUT another folder.
+# JOBS=1 trains one run at a time instead of two. Safe to run again: finished runs are skipped, interrupted ones go on.
 set -euo pipefail
-set --  # setup.sh would install its arguments
+set --  # setup.sh would pass the arguments on to pip install
 . "$(dirname "$0")/setup.sh"
 output=${OUTPUT:-output} seeds=${SEEDS:-0 1 2 3 4}
 teachers=${TEACHERS:-3:300 4:300 5:300 6:300 12:300 12:1000}

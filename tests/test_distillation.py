@@ -128,6 +128,13 @@ def test_silence_ends_it_whatever_the_metrics_say():
     assert kd.teacher is None and kd.off == {"epoch": 0.7, "update": 7, "reason": "surpass"}
 
 
+def test_the_first_end_is_the_one_that_counts():
+    kd = distillation()
+    kd.advance(60)
+    kd.silence(update=70, reason="surpass")
+    assert kd.off == {"epoch": 6.0, "update": 60, "reason": "window"}
+
+
 def test_the_seconds_of_a_released_teacher_are_not_lost():
     kd = distillation()
     kd.restart_timer()

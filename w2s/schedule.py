@@ -117,8 +117,9 @@ class EarlyPhase:
         return self.active
 
     def switch_off(self, u: float | None, reason: str) -> None:
-        """End the phase at u for good."""
-        self.kd_off = {"at": u, "reason": reason}
+        """End the phase at u for good; a phase that has ended keeps its place and reason."""
+        if self.active:
+            self.kd_off = {"at": u, "reason": reason}
 
     def state_dict(self) -> dict:
         """All that changes during a run."""

@@ -122,6 +122,11 @@ def test_an_evaluation_is_told_once_with_the_weight_before_the_decision():
     assert kd.take_evaluation() == {"kd_weight": 0.0, "kd_active": 0}
 
 
+def test_an_evaluation_without_a_comparison_is_an_error_while_the_teacher_is_active():
+    with pytest.raises(ValueError, match="observe"):
+        distillation().take_evaluation()
+
+
 def test_silence_ends_it_whatever_the_metrics_say():
     kd = distillation(off="never")
     kd.silence(update=7, reason="surpass")

@@ -133,7 +133,13 @@ class Distillation:
 
     def take_evaluation(self) -> dict:
         """What the last `observe` saw: kd_weight and kd_temperature before it, the student's metric as `switch`, and
-        kd_active after it. Zeros where the teacher was silent already."""
+        kd_active after it. Zeros where the teacher was silent already.
+
+        Raises:
+            ValueError: the teacher is active and nobody has called `observe`.
+        """
+        if self.active and self._evaluation is None:
+            raise ValueError("the teacher is active: call observe() before the evaluation is written down")
         evaluation, self._evaluation = self._evaluation or {"kd_weight": 0.0}, None
         return {**evaluation, "kd_active": int(self.active)}
 

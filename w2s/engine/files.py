@@ -28,8 +28,7 @@ def replacing_folder(folder: Path, keep_existing: bool = False) -> Iterator[Path
     beside.mkdir(parents=True)
     try:
         yield beside
-        for path in [*beside.rglob("*"), beside]:
-            fsync(path)
+        _fsync_tree(beside)
         with contextlib.suppress(OSError):  # `folder` exists and is not empty
             beside.rename(folder)
     finally:
@@ -38,8 +37,7 @@ def replacing_folder(folder: Path, keep_existing: bool = False) -> Iterator[Path
 
 def put_in_place(beside: Path, folder: Path) -> None:
     """Wait until the files in `beside` are on disk, then rename it to `folder`. An older `folder` is dropped."""
-    for path in [*beside.rglob("*"), beside]:
-        fsync(path)
+    _fsync_tree(beside)
     old = _hidden(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -58,6 +56,11 @@ def drop_folder(folder: Path) -> None:
 
 def _hidden(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.dropped")
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        fsync(path)
 
 
 def fsync(path: Path) -> None:

@@ -22,7 +22,7 @@ from diffusers import DDPMScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from w2s.diffusion.data import load_diffusion_data
+from w2s.diffusion.data import DiffusionData, load_diffusion_data
 from w2s.diffusion.denoisers import build_denoiser, denoiser_flops
 from w2s.diffusion.exports import export_denoiser, load_compatible
 from w2s.diffusion.judge import Judge, add_judge_options, build_judge, resolve_sample_steps
@@ -31,7 +31,7 @@ from w2s.diffusion.teacher import DenoiserTeacher
 from w2s.distillation import Distillation
 from w2s.engine.errors import InputError, on_one_line
 from w2s.engine.main import call_main
-from w2s.engine.optim import build_ema, build_optimizer, scaled_lr
+from w2s.engine.optim import build_optimizer, scaled_lr
 from w2s.engine.options import (
     add_data_options,
     add_kd_options,
@@ -43,6 +43,7 @@ from w2s.engine.options import (
 )
 from w2s.engine.parsing import KeyValues, Parser, add_switch, positive_int, probability
 from w2s.engine.plan import Plan, plan_updates
+from w2s.engine.prepare import prepare_job
 from w2s.engine.run import Run
 from w2s.engine.teaching import early_phase, kd_window, start_distillation
 from w2s.engine.trackers import log_picture
@@ -133,7 +134,9 @@ def build_student(args, num_classes: int, process: DDPMScheduler) -> nn.Module:
         model_kwargs=args.model_kwargs,
     )
     if args.initial_checkpoint:
-        model, _ = load_compatible(args.initial_checkpoint, student, process)
+        model, _ = load_compatible(
+            args.initial_checkpoint, student, process, source=f"--initial-checkpoint {args.initial_checkpoint}"
+        )
         try:
             student.load_state_dict(model.state_dict())
         except RuntimeError as error:
@@ -144,7 +147,7 @@ def build_student(args, num_classes: int, process: DDPMScheduler) -> nn.Module:
 
 def build_teacher(args, run: Run, student: nn.Module, process: DDPMScheduler) -> DenoiserTeacher:
     """The frozen teacher; its epsilon at x_t and t means what the student's does."""
-    model, folder = load_compatible(args.teacher, student, process)
+    model, folder = load_compatible(args.teacher, student, process, source=f"--teacher {args.teacher}")
     return DenoiserTeacher(
         model, process=process, source=folder, accelerator=run.accelerator, channels_last=args.channels_last
     )
@@ -167,32 +170,27 @@ def build_job(
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler,
+    flops: dict[str, int],
     process: DDPMScheduler,
 ) -> Job:
-    """The student in training: its memory format, moving average, compilation, precision and processes."""
-    flops = run.state["flops"] if run.state else flops_of(student, kd, plan.batch)
+    """The student ready for training, in its memory format."""
     if args.channels_last:
-        student.to(memory_format=torch.channels_last)
-    ema = build_ema(args, student)
-    if ema and (reached := ema.get_decay(args.updates)) < args.model_ema_decay:
-        run.log(f"the EMA's warm-up ends this run at a decay of {reached:.4g}, not --model-ema-decay")
-    if args.torchcompile:
-        student.compile(backend=args.torchcompile)
-        kd.compile(args.torchcompile)
-    model, optimizer = run.accelerator.prepare(student, optimizer)
-    return Job(
+        student = student.to(memory_format=torch.channels_last)
+    job = prepare_job(
         args,
         run,
         plan,
         kd,
         student=student,
-        model=model,
-        ema=ema,
+        compiled=student,
         optimizer=optimizer,
         scheduler=scheduler,
         flops=flops,
         export=lambda module, folder: export_denoiser(module, process, folder),
     )
+    if job.ema and (reached := job.ema.get_decay(args.updates)) < args.model_ema_decay:
+        run.log(f"the EMA's warm-up ends this run at a decay of {reached:.4g}, not --model-ema-decay")
+    return job
 
 
 def train(args, job: Job, stop: int, batches: Iterator, process: DDPMScheduler) -> None:
@@ -221,7 +219,7 @@ def train(args, job: Job, stop: int, batches: Iterator, process: DDPMScheduler) 
 
 
 def evaluate(job: Job, judge: Judge) -> None:
-    """Measure and report the job's model; while the teacher is active, also compare the two on the switch-off."""
+    """Measure and report the job's model; while the teacher is active, also compare the two for the switch-off."""
     run, kd = job.run, job.distillation
     picture = run.folder / "samples.png" if run.keeps and run.is_main else None
     model = job.model_to_evaluate()
@@ -236,11 +234,33 @@ def evaluate(job: Job, judge: Judge) -> None:
 def evaluate_only(args, run: Run, student: nn.Module, process: DDPMScheduler, judge: Judge) -> None:
     """--eval-only: print the distances of --initial-checkpoint, or else of the run's own model."""
     if not args.initial_checkpoint:
-        model, _ = load_compatible(str(run.folder), student, process)
+        model, _ = load_compatible(str(run.folder), student, process, source=str(run.folder))
         student = model.to(run.device)
     metrics = judge.reported_distances(student.eval())
     if run.is_main:
         print(json.dumps(metrics))
+
+
+def fit(args, job: Job, data: DiffusionData, process: DDPMScheduler, judge: Judge) -> None:
+    """Train to the end of the run, with its evaluations and checkpoints."""
+    accum = args.grad_accum_steps
+    batches = train_batches(
+        data.train,
+        job.run.accelerator,
+        batch_size=args.batch_size,
+        batches_per_epoch=accum * job.plan.updates_per_epoch,
+        start=accum * job.update,
+        seed=args.seed,
+        workers=args.workers,
+    )
+    while job.update < job.plan.total:
+        next_evaluation = (job.update // args.eval_interval + 1) * args.eval_interval
+        stop, evaluation_due = job.next_stop(next_evaluation)
+        train(args, job, stop, batches, process)
+        with job.run.clock.paused():
+            if evaluation_due and job.update == stop:
+                evaluate(job, judge)
+            job.save()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # images, denoiser, judge
     data = load_diffusion_data(args, run.accelerator, cache=run.options["cache"])
-    run.options["cache"] = data.cache
+    run.settle(cache=data.cache)
     run.seed_all()
     student = build_student(args, data.num_classes, process).to(run.device)
     judge = build_judge(args, run.accelerator, data=data, process=process, checkpoint=run.checkpoint)
@@ -282,30 +302,25 @@ def main(argv: list[str] | None = None) -> None:
     )
     judge.measure_references(switch=kd.active)
 
+    flops = run.state["flops"] if run.state else flops_of(student, kd, plan.batch)
+
     # the run
-    job = build_job(args, run, plan, kd, student=student, optimizer=optimizer, scheduler=scheduler, process=process)
+    job = build_job(
+        args,
+        run,
+        plan,
+        kd,
+        student=student,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        flops=flops,
+        process=process,
+    )
     job.resume()
     job.describe(args.model, f"{args.opt} lr {lr:.4g} {args.sched}", data.sizes, targets, metric=judge.metric)
     facts = {**job.facts(), "data": data.sizes, "features": judge.facts()}
     run.open(metric=judge.metric, mode="min", targets=targets, reported=judge.metric_names, facts=facts)
-    accum = args.grad_accum_steps
-    batches = train_batches(
-        data.train,
-        run.accelerator,
-        batch_size=args.batch_size,
-        batches_per_epoch=accum * plan.updates_per_epoch,
-        start=accum * job.update,
-        seed=args.seed,
-        workers=args.workers,
-    )
-    while job.update < plan.total:
-        next_evaluation = (job.update // args.eval_interval + 1) * args.eval_interval
-        stop, evaluation_due = job.next_stop(next_evaluation)
-        train(args, job, stop, batches, process)
-        with run.clock.paused():
-            if evaluation_due and job.update == stop:
-                evaluate(job, judge)
-            job.save()
+    fit(args, job, data, process, judge)
     job.finish()
 
 

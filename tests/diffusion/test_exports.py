@@ -148,13 +148,13 @@ def test_teacher_of_another_process_is_refused(make, make_process, message, tmp_
     with pytest.raises(InputError, match=f"the teacher .*{message}"):
         check_compatible(student, process, other=other, other_process=other_process, source="the teacher")
     export_denoiser(other, other_process, tmp_path / "model")
-    with pytest.raises(InputError, match=re.escape(f"the denoiser of {tmp_path / 'model'} ")):
-        load_compatible(str(tmp_path), student, process)
+    with pytest.raises(InputError, match=re.escape("--teacher RUN ")):
+        load_compatible(str(tmp_path), student, process, source="--teacher RUN")
 
 
 def test_fitting_teacher_is_loaded(tmp_path):
     model = tiny_vit()
     export_denoiser(model, noise_schedule(), tmp_path / "model")
-    loaded, folder = load_compatible(str(tmp_path), unet("nc16-rb1", 8, 1), noise_schedule())
+    loaded, folder = load_compatible(str(tmp_path), unet("nc16-rb1", 8, 1), noise_schedule(), source="--teacher RUN")
     assert folder == tmp_path / "model"
     assert_same_weights(loaded, model)

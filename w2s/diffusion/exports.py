@@ -89,12 +89,13 @@ def _load_unet(folder: Path) -> UNet:
     return model
 
 
-def load_compatible(path: str, student: UNet | ViT, process: DDPMScheduler) -> tuple[UNet | ViT, Path]:
+def load_compatible(path: str, student: UNet | ViT, process: DDPMScheduler, *, source: str) -> tuple[UNet | ViT, Path]:
     """Load a denoiser whose epsilon at x_t and t means what that of the student does.
 
     Args:
         path: see `load_denoiser`.
         student, process: the denoiser of this run and its diffusion process.
+        source: what the loaded denoiser is called in messages, such as "--teacher RUN".
 
     Returns:
         The denoiser in eval mode, and the folder it came from.
@@ -103,7 +104,7 @@ def load_compatible(path: str, student: UNet | ViT, process: DDPMScheduler) -> t
         InputError: see `load_denoiser` and `check_compatible`.
     """
     model, model_process, folder = load_denoiser(path)
-    check_compatible(student, process, other=model, other_process=model_process, source=f"the denoiser of {folder}")
+    check_compatible(student, process, other=model, other_process=model_process, source=source)
     return model, folder
 
 

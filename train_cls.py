@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from w2s.distillation import Distillation
 from w2s.engine.errors import InputError
 from w2s.engine.main import call_main
-from w2s.engine.optim import build_ema, build_optimizer, scaled_lr
+from w2s.engine.optim import build_optimizer, scaled_lr
 from w2s.engine.options import (
     add_data_options,
     add_kd_options,
@@ -39,11 +39,12 @@ from w2s.engine.options import (
     run_name,
 )
 from w2s.engine.parsing import KeyValues, Parser, add_switch, positive_int, share
-from w2s.engine.plan import accumulation_dtype, grid_point, plan_updates
+from w2s.engine.plan import Plan, accumulation_dtype, grid_point, plan_updates
+from w2s.engine.prepare import prepare_job
 from w2s.engine.run import Run
 from w2s.engine.teaching import early_phase, kd_window, start_distillation
 from w2s.engine.training import Job
-from w2s.images.augmentation import add_augmentation_options, build_data_config, build_mixup
+from w2s.images.augmentation import add_augmentation_options, build_criterion, build_data_config, build_mixup
 from w2s.images.data import ImageData, load_data
 from w2s.images.loading import eval_loader, train_batches
 from w2s.images.models import classifier_flops, create_model, export, find_model, load_weights, pretrained_cfg
@@ -148,14 +149,34 @@ def build_teacher(args, run: Run, data_config: dict, num_classes: int) -> ImageT
     )
 
 
-def build_criterion(args) -> nn.Module:
-    """The task's own loss, as timm's train.py chooses it."""
-    mixes = args.mixup > 0 or args.cutmix > 0
-    if args.bce_loss:
-        return BinaryCrossEntropy(smoothing=0.0 if mixes else args.smoothing, target_threshold=args.bce_target_thresh)
-    if mixes:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+def build_job(
+    args,
+    run: Run,
+    plan: Plan,
+    kd: Distillation,
+    *,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Scheduler,
+    flops: dict[str, int],
+) -> Job:
+    """The student ready for training, in its memory format."""
+    if args.sync_bn:
+        student = convert_sync_batchnorm(student)
+    if args.channels_last:
+        student = student.to(memory_format=torch.channels_last)
+    return prepare_job(
+        args,
+        run,
+        plan,
+        kd,
+        student=student,
+        compiled=student,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        flops=flops,
+        export=export,
+    )
 
 
 def train(args, job: Job, stop: int, batches: Iterator, criterion: nn.Module, mixup: Mixup | None) -> None:
@@ -266,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # images and student
     data = load_data(args, data_config, run.accelerator, cache=run.options["cache"])
-    run.options["cache"] = data.cache
+    run.settle(cache=data.cache)
     run.seed_all()
     student = build_student(args, data_config, data.num_classes).to(run.device)
     if args.eval_only:
@@ -295,29 +316,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     flops = run.state["flops"] if run.state else flops_of(args, data_config, student, kd, plan.batch)
 
-    # memory format, compilation, precision, processes
-    if args.sync_bn:
-        student = convert_sync_batchnorm(student)
-    if args.channels_last:
-        student = student.to(memory_format=torch.channels_last)
-    ema = build_ema(args, student)
-    if args.torchcompile:
-        student.compile(backend=args.torchcompile)
-        kd.compile(args.torchcompile)
-    model, optimizer = run.accelerator.prepare(student, optimizer)
-    job = Job(
-        args,
-        run,
-        plan,
-        kd,
-        student=student,
-        model=model,
-        ema=ema,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        flops=flops,
-        export=export,
-    )
+    # the run
+    job = build_job(args, run, plan, kd, student=student, optimizer=optimizer, scheduler=scheduler, flops=flops)
     job.resume()
     job.describe(args.model, f"{args.opt} lr {lr:.4g} {args.sched}", data.sizes, targets, metric="top1")
     run.open(metric="top1", mode="max", targets=targets, reported=METRICS, facts={**job.facts(), "data": data.sizes})

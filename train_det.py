@@ -55,10 +55,11 @@ from w2s.detection.teacher import DetectorTeacher, load_detector_teacher
 from w2s.detection.terms import distillation_terms
 from w2s.distillation import Distillation
 from w2s.engine.main import call_main
-from w2s.engine.optim import build_ema, build_optimizer, scaled_lr
+from w2s.engine.optim import build_optimizer, scaled_lr
 from w2s.engine.options import add_kd_options, add_run_options, check_targets, run_name
 from w2s.engine.parsing import Parser
 from w2s.engine.plan import Plan, grid_point, plan_updates
+from w2s.engine.prepare import prepare_job
 from w2s.engine.run import Run
 from w2s.engine.teaching import early_phase, kd_window, start_distillation
 from w2s.engine.trackers import log_picture
@@ -138,21 +139,15 @@ def build_job(
     scheduler: Scheduler,
     flops: dict[str, int],
 ) -> Job:
-    """The student ready for training: its memory format, moving average, compilation, precision and processes."""
+    """The student ready for training, in its memory format."""
     student = prepare_layout(student, channels_last=args.channels_last, sync_bn=args.sync_bn)
-    ema = build_ema(args, student)
-    if args.torchcompile:
-        student.backbone.compile(backend=args.torchcompile)
-        kd.compile(args.torchcompile)
-    model, optimizer = run.accelerator.prepare(student, optimizer)
-    return Job(
+    return prepare_job(
         args,
         run,
         plan,
         kd,
         student=student,
-        model=model,
-        ema=ema,
+        compiled=student.backbone,
         optimizer=optimizer,
         scheduler=scheduler,
         flops=flops,

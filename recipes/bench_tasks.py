@@ -7,7 +7,6 @@ from types import ModuleType
 from typing import ClassVar
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -22,13 +21,13 @@ from w2s.diffusion.data import load_diffusion_data
 from w2s.diffusion.judge import resolve_sample_steps
 from w2s.diffusion.process import noise_schedule
 from w2s.distillation import Distillation
-from w2s.engine.optim import build_ema, build_optimizer, scaled_lr
+from w2s.engine.optim import build_optimizer, scaled_lr
 from w2s.engine.plan import Plan, plan_updates
 from w2s.engine.run import Run
 from w2s.engine.teaching import early_phase
 from w2s.engine.training import Job
 from w2s.images import loading as image_loading
-from w2s.images.augmentation import build_mixup
+from w2s.images.augmentation import build_criterion, build_mixup
 from w2s.images.data import load_data
 from w2s.teacher import Teacher
 
@@ -127,7 +126,7 @@ class Classification(Task):
         self.data = load_data(args, self.data_config, self.run.accelerator, cache=args.cache)
         self.cache = self.data.cache
         self.plan = plan_updates(args, self.run, self.data.samples, epochs=args.epochs)
-        self.criterion = train_cls.build_criterion(args)
+        self.criterion = build_criterion(args)
         self.mixup = build_mixup(args, self.data.num_classes)
 
     def batches(self) -> Iterator:
@@ -151,29 +150,15 @@ class Classification(Task):
     def build_job(
         self, kd: Distillation, *, student: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Scheduler
     ) -> Job:
-        args = self.args
-        flops = train_cls.flops_of(args, self.data_config, student, kd, self.plan.batch)
-        if args.sync_bn:
-            student = convert_sync_batchnorm(student)
-        if args.channels_last:
-            student = student.to(memory_format=torch.channels_last)
-        ema = build_ema(args, student)
-        if args.torchcompile:
-            student.compile(backend=args.torchcompile)
-            kd.compile(args.torchcompile)
-        model, optimizer = self.run.accelerator.prepare(student, optimizer)
-        return Job(
-            args,
+        return train_cls.build_job(
+            self.args,
             self.run,
             self.plan,
             kd,
             student=student,
-            model=model,
-            ema=ema,
             optimizer=optimizer,
             scheduler=scheduler,
-            flops=flops,
-            export=train_cls.export,
+            flops=train_cls.flops_of(self.args, self.data_config, student, kd, self.plan.batch),
         )
 
     def train(self, job: Job, stop: int, batches: Iterator) -> None:
@@ -284,6 +269,7 @@ class Diffusion(Task):
             student=student,
             optimizer=optimizer,
             scheduler=scheduler,
+            flops=train_diffusion.flops_of(student, kd, self.plan.batch),
             process=self.process,
         )
 

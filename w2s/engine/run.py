@@ -98,7 +98,7 @@ class Run:
         accelerator.wait_for_everyone()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self.options["group"] = self.options["group"] or default_group(self.options, self.task)
+        self.settle(group=self.options["group"] or default_group(self.options, self.task))
         writes = self.keeps and self.is_main
         if writes:
             self._create_folder()
@@ -135,6 +135,10 @@ class Run:
         self.record.rewrite(self.state["rows"] if self.state else None)
         self.record.write_summary()
         Run.opened = self
+
+    def settle(self, **choices: object) -> None:
+        """Record what options that leave something open came to, such as --cache auto; args.yaml gets these values."""
+        self.options = {**self.options, **choices}
 
     def _create_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 
 from timm.data import Mixup, create_transform, resolve_data_config
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
 from torchvision import transforms
 
 from w2s.engine.errors import InputError, on_one_line
@@ -172,6 +174,16 @@ def build_mixup(args, num_classes: int) -> Mixup | None:
         label_smoothing=args.smoothing,
         num_classes=num_classes,
     )
+
+
+def build_criterion(args) -> nn.Module:
+    """The task's own loss, chosen as in timm's train.py; mixup and cutmix smooth the labels themselves."""
+    mixes = args.mixup > 0 or args.cutmix > 0
+    if args.bce_loss:
+        return BinaryCrossEntropy(smoothing=0.0 if mixes else args.smoothing, target_threshold=args.bce_target_thresh)
+    if mixes:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
 def _cannot_build(error: Exception) -> InputError:

@@ -112,7 +112,7 @@ def resolve_cache(
 
     Args:
         cache: the value of the option.
-        obstacle: what is asked for and the cache cannot do; None if there is no such thing.
+        obstacle: an option that the cache cannot handle; None if there is none.
         images: how many training images there are.
         input_size: channels, height and width of an image.
         pad: pixels by which each side of an image is padded.
@@ -123,7 +123,7 @@ def resolve_cache(
     """
     if cache != "auto":
         if cache != "none" and obstacle:
-            raise InputError(f"--cache {cache} cannot do {obstacle}; use --cache none for that")
+            raise InputError(f"--cache {cache} cannot do {obstacle}; use --cache none for that, in a new run")
         return cache
     channels, height, width = input_size
     if accelerator.device.type == "cuda":

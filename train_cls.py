@@ -140,12 +140,12 @@ def build_teacher(args, run: Run, data_config: dict, num_classes: int) -> ImageT
     """The frozen teacher, fitted to the student's batches."""
     return build_image_teacher(
         args.teacher,
-        run.accelerator,
         model_name=args.teacher_model,
         model_kwargs=args.teacher_kwargs,
         num_classes=num_classes,
         data_config=data_config,
         channels_last=args.channels_last,
+        **run.placement,
     )
 
 

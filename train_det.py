@@ -123,9 +123,7 @@ def build_teacher(args, run: Run, student: nn.Module) -> DetectorTeacher:
     model, source = load_detector_teacher(
         args.teacher, backbone=args.teacher_model, model_kwargs=args.teacher_kwargs, student=student.config
     )
-    return DetectorTeacher(
-        model, source=source, accelerator=run.accelerator, student=student, channels_last=args.channels_last
-    )
+    return DetectorTeacher(model, source=source, student=student, channels_last=args.channels_last, **run.placement)
 
 
 def build_job(

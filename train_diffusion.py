@@ -148,9 +148,7 @@ def build_student(args, num_classes: int, process: DDPMScheduler) -> nn.Module:
 def build_teacher(args, run: Run, student: nn.Module, process: DDPMScheduler) -> DenoiserTeacher:
     """The frozen teacher; its epsilon at x_t and t means what the student's does."""
     model, folder = load_compatible(args.teacher, student, process, source=f"--teacher {args.teacher}")
-    return DenoiserTeacher(
-        model, process=process, source=folder, accelerator=run.accelerator, channels_last=args.channels_last
-    )
+    return DenoiserTeacher(model, process=process, source=folder, channels_last=args.channels_last, **run.placement)
 
 
 def flops_of(student: nn.Module, kd: Distillation, batch: int) -> dict:

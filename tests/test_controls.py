@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from helpers import DIGITS, RESNET, call_script, read_rows, read_summary, watching_forwards
 from torch import nn
 
@@ -43,7 +42,7 @@ class Fixed(nn.Module):
 @pytest.fixture
 def teacher() -> Teacher:
     logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(1)) * 4
-    return Teacher(Fixed(logits), name="fixed", source="nowhere", accelerator=Accelerator(cpu=True))
+    return Teacher(Fixed(logits), name="fixed", source="nowhere", device="cpu")
 
 
 def outputs(made: Control, teacher: Teacher, targets=TARGETS, temperature=2.0, update=UPDATE, micro=MICRO):
@@ -61,7 +60,7 @@ def test_a_cyclic_permutation_leaves_no_row_in_its_place(count):
 
 def test_shuffled_depends_on_seed_update_process_and_micro_batch_alone():
     logits = torch.randn(64, 10, generator=torch.Generator().manual_seed(1))
-    teacher = Teacher(Fixed(logits), name="fixed", source="nowhere", accelerator=Accelerator(cpu=True))
+    teacher = Teacher(Fixed(logits), name="fixed", source="nowhere", device="cpu")
     first = outputs(control("shuffled"), teacher)
     state = torch.get_rng_state()
     assert torch.equal(first, outputs(control("shuffled"), teacher))
@@ -121,7 +120,7 @@ def test_a_random_teacher_is_drawn_from_the_seed_and_nothing_else_moves():
         return create_model("resnet10t", 10, model_kwargs={"channels": (8, 8, 16, 16), "stem_width": 8})
 
     def weights(seed: int) -> torch.Tensor:
-        teacher = Teacher(build(), name="r", source="nowhere", accelerator=Accelerator(cpu=True), rebuild=build)
+        teacher = Teacher(build(), name="r", source="nowhere", device="cpu", rebuild=build)
         trained = teacher.model.fc.weight.clone()
         state = torch.get_rng_state()
         untrain(teacher, seed)

@@ -4,7 +4,6 @@ import weakref
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from w2s.controls import Control
@@ -20,7 +19,7 @@ def distillation(control: str | None = None, unit: str = "epoch", **options) -> 
     phase = EarlyPhase(**{"weight": 2.0, "hold": 4.0, "decay": 2.0, "patience": 2, **options})
     made = Control(kind=control, seed_of=lambda update, micro: 100 * update + micro) if control else None
     kd = Distillation(phase, control=made, unit=unit, updates_per_epoch=10)
-    kd.teacher = Teacher(nn.Linear(2, 3), name="linear", source="somewhere", accelerator=Accelerator(cpu=True))
+    kd.teacher = Teacher(nn.Linear(2, 3), name="linear", source="somewhere", device="cpu")
     kd.score = dict(SCORE)
     return kd
 

@@ -3,29 +3,14 @@
 import gc
 import time
 import weakref
-from contextlib import contextmanager
+from functools import partial
 
-import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from w2s.teacher import Teacher
-
-
-@contextmanager
-def fresh_accelerator(**options: object):
-    """An accelerator with options of its own: Accelerate keeps those of the first one made in a process."""
-    accelerate.state.AcceleratorState._reset_state(True)
-    yield accelerate.Accelerator(**options)
-    accelerate.state.AcceleratorState._reset_state(True)
-
-
-@pytest.fixture
-def accelerator():
-    with fresh_accelerator(cpu=True) as made:
-        yield made
 
 
 def model_of(seed: int = 0) -> nn.Module:
@@ -35,8 +20,8 @@ def model_of(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *pooled, nn.Linear(8, 10))
 
 
-def teacher_of(model: nn.Module, accelerator, **options: object) -> Teacher:
-    return Teacher(model, name="net", source="here", accelerator=accelerator, **options)
+def teacher_of(model: nn.Module, **options: object) -> Teacher:
+    return Teacher(model, name="net", source="here", **{"device": "cpu", **options})
 
 
 def pixels(batch: int = 4) -> torch.Tensor:
@@ -53,8 +38,8 @@ def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
-def teacher(accelerator) -> Teacher:
-    return teacher_of(model_of(), accelerator)
+def teacher() -> Teacher:
+    return teacher_of(model_of())
 
 
 def test_a_teacher_gives_and_takes_no_gradient(teacher):
@@ -82,15 +67,17 @@ def test_a_teacher_stays_in_eval_mode_while_the_student_trains(teacher):
     assert all(torch.equal(v, before[k]) for k, v in teacher.model.state_dict().items())
 
 
-def test_a_teacher_given_in_training_mode_is_put_in_eval_mode(accelerator):
+def test_a_teacher_given_in_training_mode_is_put_in_eval_mode():
     model, images = model_of().train(), pixels()
-    assert torch.equal(teacher_of(model, accelerator)(images), logits(model_of(), images))
+    assert torch.equal(teacher_of(model)(images), logits(model_of(), images))
 
 
-def test_a_teacher_runs_in_the_precision_of_the_run():
-    with fresh_accelerator(cpu=True, mixed_precision="bf16") as accelerator:
-        given = teacher_of(model_of(), accelerator)(pixels())
-    assert given.dtype == torch.bfloat16
+def test_a_teacher_runs_in_the_precision_that_it_is_given():
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    assert teacher_of(model_of(), autocast=autocast)(pixels()).dtype == torch.bfloat16
+    assert teacher_of(model_of())(pixels()).dtype == torch.float32
+    with autocast():  # a training loop under its own autocast
+        assert teacher_of(model_of())(pixels()).dtype == torch.bfloat16
 
 
 def test_a_teacher_says_what_it_is(teacher):
@@ -122,13 +109,13 @@ class Slow(nn.Module):
         return images.mean((2, 3))
 
 
-def slow_teacher(accelerator, seconds: float, calls: set[int]) -> Teacher:
-    return teacher_of(Slow(seconds, calls), accelerator)
+def slow_teacher(seconds: float, calls: set[int]) -> Teacher:
+    return teacher_of(Slow(seconds, calls))
 
 
 @pytest.mark.parametrize("calls", [1, 10, 25])
-def test_seconds_are_extrapolated_from_every_tenth_call_to_all_of_them(accelerator, calls):
-    teacher = slow_teacher(accelerator, 0.02, set(range(0, 100, Teacher.TIMING_INTERVAL)))
+def test_seconds_are_extrapolated_from_every_tenth_call_to_all_of_them(calls):
+    teacher = slow_teacher(0.02, set(range(0, 100, Teacher.TIMING_INTERVAL)))
     for _ in range(calls):
         teacher(pixels(1))
     assert teacher.take_seconds() >= 0.02 * calls
@@ -144,8 +131,8 @@ def test_seconds_of_a_real_teacher_are_positive_and_about_those_that_passed(teac
     assert 0 < teacher.take_seconds() < 20 * passed
 
 
-def test_seconds_are_taken_once(accelerator):
-    teacher = slow_teacher(accelerator, 0.02, {0})
+def test_seconds_are_taken_once():
+    teacher = slow_teacher(0.02, {0})
     teacher(pixels(1))
     assert teacher.take_seconds() > 0
     assert teacher.take_seconds() == 0.0
@@ -155,8 +142,8 @@ def test_no_calls_take_no_time(teacher):
     assert teacher.take_seconds() == 0.0
 
 
-def test_calls_before_a_restart_of_the_timer_are_forgotten(accelerator):
-    teacher = slow_teacher(accelerator, 0.2, {0, 1, 2})
+def test_calls_before_a_restart_of_the_timer_are_forgotten():
+    teacher = slow_teacher(0.2, {0, 1, 2})
     for _ in range(3):
         teacher(pixels(1))
     teacher.restart_timer()
@@ -177,13 +164,13 @@ def test_a_released_model_is_gone(teacher):
     assert all(tensor() is None for tensor in tensors)
 
 
-def test_the_memory_of_a_released_model_is_freed(accelerator):
+def test_the_memory_of_a_released_model_is_freed():
     def held() -> int:
         gc.collect()
         return sum(t.numel() for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter))
 
     before = held()
-    teacher = teacher_of(model_of(), accelerator)
+    teacher = teacher_of(model_of())
     teacher(pixels())
     assert held() >= before + teacher.params
     teacher.release()
@@ -207,17 +194,16 @@ def test_a_released_teacher_still_says_what_it_was_and_took(teacher):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_teacher_is_timed_by_the_device_and_its_memory_returned():
-    with fresh_accelerator() as accelerator:
-        empty = torch.cuda.memory_allocated()
-        teacher = teacher_of(model_of(), accelerator)
-        teacher(pixels().cuda())
-        torch.cuda.synchronize()
-        assert teacher.take_seconds() > 0
-        weights = sum(p.numel() * 4 for p in teacher.model.parameters())
-        held = torch.cuda.memory_allocated()
-        teacher.release()
-        assert torch.cuda.memory_allocated() <= held - weights
-        assert empty <= held - weights
+    empty = torch.cuda.memory_allocated()
+    teacher = teacher_of(model_of(), device="cuda")
+    teacher(pixels().cuda())
+    torch.cuda.synchronize()
+    assert teacher.take_seconds() > 0
+    weights = sum(p.numel() * 4 for p in teacher.model.parameters())
+    held = torch.cuda.memory_allocated()
+    teacher.release()
+    assert torch.cuda.memory_allocated() <= held - weights
+    assert empty <= held - weights
 
 
 # --- another example's outputs ---------------------------------------------------------------------------------------

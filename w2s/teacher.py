@@ -3,23 +3,26 @@
 import gc
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 
 class Teacher:
     """A frozen model that answers for the student's inputs.
 
-    It runs in eval mode, without gradients, in the accelerator's precision. It is never prepared by the accelerator,
-    so it is in no checkpoint. A task whose teacher needs more than its model's forward overrides `forward`.
+    It runs in eval mode and without gradients. It is no module and no part of the student, and a framework does not
+    prepare it, so it is in no checkpoint and no optimiser. A task whose teacher needs more than its model's forward
+    overrides `forward`.
 
     Args:
         model: a model with weights.
         name: its architecture, for the record.
         source: where the weights come from, for the record.
-        accelerator: gives the device and the autocast.
+        device: where it runs.
+        autocast: makes the context of each forward, as `accelerator.autocast` or `partial(torch.autocast, "cuda")` do;
+            the default leaves the precision to the caller.
         channels_last: whether the weights take the NHWC memory format, as the student's do.
         rebuild: makes a model of the same architecture with random weights, for `--kd-control random`.
     """
@@ -31,25 +34,27 @@ class Teacher:
         model: nn.Module,
         name: str,
         source: str,
-        accelerator: Accelerator,
+        device: torch.device | str,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
         channels_last: bool = False,
         rebuild: Callable[[], nn.Module] | None = None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False).to(accelerator.device)
+        self.device = torch.device(device)
+        self.model = model.eval().requires_grad_(False).to(self.device)
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.name, self.source, self.accelerator, self.rebuild = name, source, accelerator, rebuild
+        self.name, self.source, self.autocast, self.rebuild = name, source, autocast, rebuild
         self.params = sum(p.numel() for p in model.parameters())
         self.calls = 0  # forward passes so far
         self._timed_from, self._timings = 0, []
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> object:
-        """The result of `forward`, without gradients and in the accelerator's precision."""
+        """The result of `forward`, without gradients and under `autocast`."""
         self.calls += 1
         timed = (self.calls - self._timed_from) % self.TIMING_INTERVAL == 1
         stop = self._start_timing() if timed else None
-        with self.accelerator.autocast():
+        with self.autocast():
             outputs = self.forward(*inputs)
         if stop:
             stop()
@@ -75,7 +80,7 @@ class Teacher:
 
     def _start_timing(self) -> Callable[[], None]:
         """Start timing a call; returns what ends it. On a GPU these are events, so that nothing waits."""
-        if self.accelerator.device.type == "cuda":
+        if self.device.type == "cuda":
             begin = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -95,7 +100,7 @@ class Teacher:
 
     def take_seconds(self) -> float:
         """Seconds of all calls since the timer was started, estimated from the timed ones. Restarts the timer."""
-        if self._timings and self.accelerator.device.type == "cuda":
+        if self._timings and self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = [timing() for timing in self._timings]
         total = sum(seconds) / len(seconds) * (self.calls - self._timed_from) if seconds else 0.0
@@ -106,5 +111,5 @@ class Teacher:
         """Free the model's memory. A released teacher cannot be called."""
         self.model = self.rebuild = None
         gc.collect()
-        if self.accelerator.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from w2s.detection.config import DetectorConfig
 from w2s.detection.models import FasterRCNN, RetinaNet, build_detector
@@ -35,9 +34,7 @@ def batch(first_label: int = 0, seed: int = 0) -> tuple[list[torch.Tensor], list
     return images, [{"boxes": boxes, "labels": labels}, {"boxes": boxes[:0], "labels": labels[:0]}]
 
 
-def student_and_teacher(
-    kind: str, accelerator: Accelerator, same: bool = False
-) -> tuple[RetinaNet | FasterRCNN, DetectorTeacher]:
+def student_and_teacher(kind: str, same: bool = False) -> tuple[RetinaNet | FasterRCNN, DetectorTeacher]:
     """A student in training, and a teacher: its copy, or one of another backbone and width."""
     torch.manual_seed(0)
     student = build_detector(tiny(kind, norm="gn"))
@@ -46,4 +43,4 @@ def student_and_teacher(
     else:
         narrow = {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
         model = build_detector(tiny(kind, "convnext_atto", model_kwargs=narrow, fpn_channels=8))
-    return student, DetectorTeacher(model, source="somewhere", accelerator=accelerator, student=student)
+    return student, DetectorTeacher(model, source="somewhere", device="cpu", student=student)

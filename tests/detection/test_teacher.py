@@ -5,7 +5,6 @@ import dataclasses
 
 import pytest
 import torch
-from accelerate import Accelerator
 from detection.detectors import KINDS, batch, student_and_teacher, tiny
 
 from w2s.controls import cyclic_permutation
@@ -14,14 +13,9 @@ from w2s.detection.teacher import DetectorTeacher, check_lined_up, load_detector
 from w2s.engine.errors import InputError
 
 
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
-
-
 @KINDS
-def test_teacher_and_student_see_the_same_pixels_whatever_their_normalisation(kind, accelerator):
-    student, teacher = student_and_teacher(kind, accelerator, same=True)
+def test_teacher_and_student_see_the_same_pixels_whatever_their_normalisation(kind):
+    student, teacher = student_and_teacher(kind, same=True)
     _, view = student(*batch(student.first_label))
     expected = teacher(view)
     shifted = copy.deepcopy(student)
@@ -29,15 +23,15 @@ def test_teacher_and_student_see_the_same_pixels_whatever_their_normalisation(ki
     torch.manual_seed(0)
     _, other = shifted(*batch(student.first_label))
     assert not torch.equal(other.images.tensors, view.images.tensors)
-    adapted = DetectorTeacher(teacher.model, source="somewhere", accelerator=accelerator, student=shifted)
+    adapted = DetectorTeacher(teacher.model, source="somewhere", device="cpu", student=shifted)
     outputs = adapted(other._replace(proposals=view.proposals))
     for name in expected:
         torch.testing.assert_close(outputs[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 @KINDS
-def test_a_teacher_detects_on_lists_of_images(kind, accelerator):
-    student, teacher = student_and_teacher(kind, accelerator, same=True)
+def test_a_teacher_detects_on_lists_of_images(kind):
+    student, teacher = student_and_teacher(kind, same=True)
     images, _ = batch()
     with torch.no_grad():
         for ours, theirs in zip(teacher(images), student.eval()(images), strict=True):
@@ -45,18 +39,18 @@ def test_a_teacher_detects_on_lists_of_images(kind, accelerator):
 
 
 @KINDS
-def test_a_teacher_detects_at_the_students_size(kind, accelerator):
+def test_a_teacher_detects_at_the_students_size(kind):
     torch.manual_seed(0)
     student, smaller = build_detector(tiny(kind)), build_detector(tiny(kind, min_size=32, max_size=48))
     smaller.load_state_dict(student.state_dict())
-    teacher = DetectorTeacher(smaller, source="somewhere", accelerator=accelerator, student=student)
+    teacher = DetectorTeacher(smaller, source="somewhere", device="cpu", student=student)
     images, _ = batch()
     sizes = [model.transform(images)[0].image_sizes for model in (teacher.model, student.eval())]
     assert sizes[0] == sizes[1]
 
 
 @KINDS
-def test_a_teacher_detects_with_the_students_thresholds(kind, accelerator):
+def test_a_teacher_detects_with_the_students_thresholds(kind):
     other = {"score_thresh": 0.9, "nms_thresh": 0.9, "detections_per_img": 1}
     other = {f"box_{k}": v for k, v in other.items()} if kind == "fasterrcnn" else other | {"topk_candidates": 2}
     if kind == "fasterrcnn":
@@ -67,7 +61,7 @@ def test_a_teacher_detects_with_the_students_thresholds(kind, accelerator):
     student = build_detector(dataclasses.replace(tiny(kind), detector_kwargs=base))
     stricter = build_detector(dataclasses.replace(tiny(kind), detector_kwargs=other))
     stricter.load_state_dict(student.state_dict())
-    teacher = DetectorTeacher(stricter, source="somewhere", accelerator=accelerator, student=student)
+    teacher = DetectorTeacher(stricter, source="somewhere", device="cpu", student=student)
     images, _ = batch()
     with torch.no_grad():
         for ours, theirs in zip(teacher(images), student.eval()(images), strict=True):
@@ -133,8 +127,8 @@ def test_a_teacher_is_a_folder_or_a_weights_file_with_its_backbone(tmp_path):
 
 
 @KINDS
-def test_shuffled_images_give_the_detectors_outputs_of_other_images(kind, accelerator):
-    student, teacher = student_and_teacher(kind, accelerator, same=True)
+def test_shuffled_images_give_the_detectors_outputs_of_other_images(kind):
+    student, teacher = student_and_teacher(kind, same=True)
     images = [torch.rand(3, 64, 64), torch.rand(3, 48, 64), torch.rand(3, 64, 40)]
     boxes = {"boxes": torch.tensor([[4.0, 4, 30, 30]]), "labels": torch.tensor([1])}
     _, view = student.train()(images, [boxes] * 3)

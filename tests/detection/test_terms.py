@@ -2,9 +2,7 @@
 
 import dataclasses
 
-import pytest
 import torch
-from accelerate import Accelerator
 from detection.detectors import KINDS, batch, student_and_teacher, tiny
 from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
@@ -15,14 +13,9 @@ from w2s.detection.teacher import DetectorTeacher
 from w2s.detection.terms import distillation_terms
 
 
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
-
-
 @KINDS
-def test_every_term_is_zero_where_the_teacher_is_the_student(kind, accelerator):
-    student, teacher = student_and_teacher(kind, accelerator, same=True)
+def test_every_term_is_zero_where_the_teacher_is_the_student(kind):
+    student, teacher = student_and_teacher(kind, same=True)
     _, view = student(*batch(student.first_label))
     terms = distillation_terms(view, teacher(view), 3.0)
     assert tuple(terms) == DETECTOR_KINDS[kind].terms
@@ -31,8 +24,8 @@ def test_every_term_is_zero_where_the_teacher_is_the_student(kind, accelerator):
 
 
 @KINDS
-def test_terms_are_positive_and_teach_the_student_only(kind, accelerator):
-    student, teacher = student_and_teacher(kind, accelerator)
+def test_terms_are_positive_and_teach_the_student_only(kind):
+    student, teacher = student_and_teacher(kind)
     if kind == "fasterrcnn":  # an untrained teacher sees no object
         teacher.model.roi_heads.box_predictor.cls_score.bias[2] = 5.0
     images, targets = batch(student.first_label)
@@ -105,7 +98,7 @@ def test_the_terms_of_a_batch_are_the_means_over_its_images(kind):
 
 
 @KINDS
-def test_an_update_on_two_images_is_the_mean_of_those_on_each(kind, accelerator):
+def test_an_update_on_two_images_is_the_mean_of_those_on_each(kind):
     """Which is what two processes compute; Faster R-CNN where it samples all anchors and proposals, none by chance."""
     everything = {"rpn_batch_size_per_image": 10**6, "box_batch_size_per_image": 10**6, "rpn_post_nms_top_n_train": 20}
     everything |= {"rpn_fg_iou_thresh": 0.5, "rpn_bg_iou_thresh": 0.5, "rpn_nms_thresh": 1.0}
@@ -116,7 +109,7 @@ def test_an_update_on_two_images_is_the_mean_of_those_on_each(kind, accelerator)
     student, model = build_detector(config), build_detector(config)
     if kind == "fasterrcnn":
         model.roi_heads.box_predictor.cls_score.bias.data[2] = 5.0  # an untrained teacher sees no object
-    teacher = DetectorTeacher(model, source="somewhere", accelerator=accelerator, student=student)
+    teacher = DetectorTeacher(model, source="somewhere", device="cpu", student=student)
     images = list(torch.rand(2, 3, 64, 64))
     boxes = torch.tensor([[[5.0, 8, 40, 50], [30, 20, 62, 44]], [[1.0, 2, 30, 33], [20, 24, 60, 62]]])
     targets = [{"boxes": each, "labels": torch.tensor([1, 3])} for each in boxes]

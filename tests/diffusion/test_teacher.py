@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusion.fakes import fake_accelerator, tiny_vit
+from diffusion.fakes import tiny_vit
 from torch.testing import assert_close
 
 from w2s.diffusion.denoisers import unet
@@ -14,7 +14,7 @@ from w2s.diffusion.teacher import DenoiserTeacher
 
 def make_teacher(model, prediction: str = "epsilon", **options) -> DenoiserTeacher:
     process = noise_schedule(prediction=prediction)
-    return DenoiserTeacher(model, process=process, source=Path("run"), accelerator=fake_accelerator(), **options)
+    return DenoiserTeacher(model, process=process, source=Path("run"), device="cpu", **options)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

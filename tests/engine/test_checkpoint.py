@@ -120,7 +120,7 @@ def test_the_teacher_is_in_no_file_of_a_checkpoint(accelerator, tmp_path):
     training = Training(accelerator)
     model = create_model("resnet10t", 2, model_kwargs={"channels": (8, 8, 16, 16), "stem_width": 8})
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 8, 8)}
-    teacher = ImageTeacher(model, source="here", accelerator=accelerator, mean=(0.5,) * 3, std=(0.5,) * 3)
+    teacher = ImageTeacher(model, source="here", device="cpu", mean=(0.5,) * 3, std=(0.5,) * 3)
     teacher(torch.zeros(1, 3, 8, 8))
     path = training.save(tmp_path, 1)
     for file in ("model.safetensors", "ema.safetensors"):

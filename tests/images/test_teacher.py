@@ -4,7 +4,6 @@ import gc
 from pathlib import Path
 from types import SimpleNamespace
 
-import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,14 +18,6 @@ from w2s.images.teacher import ImageTeacher, load_teacher, renormalisation
 TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}  # of a resnet10t
 TINY_VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@pytest.fixture
-def accelerator():
-    """Accelerate keeps the options of the first accelerator made in a process."""
-    accelerate.state.AcceleratorState._reset_state(True)
-    yield accelerate.Accelerator(cpu=True)
-    accelerate.state.AcceleratorState._reset_state(True)
 
 
 def model_of(
@@ -59,9 +50,9 @@ def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return model.eval()(images)
 
 
-def image_teacher(model: nn.Module, accelerator, mean=(0.5,) * 3, std=(0.5,) * 3, **options: object) -> ImageTeacher:
+def image_teacher(model: nn.Module, mean=(0.5,) * 3, std=(0.5,) * 3, **options: object) -> ImageTeacher:
     """A teacher of a student with these statistics."""
-    return ImageTeacher(model, source="here", accelerator=accelerator, mean=mean, std=std, **options)
+    return ImageTeacher(model, source="here", device="cpu", mean=mean, std=std, **options)
 
 
 # --- finding one -----------------------------------------------------------------------------------------------------
@@ -179,14 +170,14 @@ def test_a_grey_teacher_fits_grey_images(tmp_path, form):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), [("vit_tiny_patch16_224", TINY_VIT), ("resnet10t", TINY)])
-def test_a_bare_weights_file_is_given_the_students_pixels_as_they_are(tmp_path, accelerator, name, kwargs):
+def test_a_bare_weights_file_is_given_the_students_pixels_as_they_are(tmp_path, name, kwargs):
     model = create_model(name, 10, img_size=32, model_kwargs=kwargs)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     words = f"--dataset digits --model resnet10t --teacher {tmp_path / 'weights.safetensors'} --teacher-model {name}"
     args = build_parser().parse_recipe(words.split())
     args.teacher_kwargs = kwargs
     config, images = resolve(args), normalised(pixels(), (0.5,) * 3, (0.5,) * 3)
-    teacher = build_teacher(args, SimpleNamespace(accelerator=accelerator), config, num_classes=10)
+    teacher = build_teacher(args, SimpleNamespace(placement={"device": "cpu"}), config, num_classes=10)
     # the script's default memory format is another than the model's: the same sums in another order
     torch.testing.assert_close(teacher(images), logits(model, images), atol=1e-5, rtol=1e-5)
     assert teacher.same_range and teacher.size == (32, 32)
@@ -204,52 +195,52 @@ def test_a_bare_weights_file_is_given_the_students_pixels_as_they_are(tmp_path, 
         (IMAGENET, IMAGENET),
     ],
 )
-def test_logits_are_those_of_the_teacher_on_its_own_normalisation(accelerator, student, own):
+def test_logits_are_those_of_the_teacher_on_its_own_normalisation(student, own):
     model = model_of(mean=own[0], std=own[1])
-    teacher = image_teacher(model, accelerator, mean=student[0], std=student[1])
+    teacher = image_teacher(model, mean=student[0], std=student[1])
     expected = logits(model, normalised(pixels(), *own))
     torch.testing.assert_close(teacher(normalised(pixels(), *student)), expected, atol=1e-5, rtol=1e-5)
     if student != own:
         assert not torch.allclose(logits(model, normalised(pixels(), *student)), expected, atol=1e-2)
 
 
-def test_a_teacher_of_the_students_normalisation_and_size_gets_the_very_batch(accelerator):
+def test_a_teacher_of_the_students_normalisation_and_size_gets_the_very_batch():
     model, images = model_of(), normalised(pixels(), (0.5,) * 3, (0.5,) * 3)
-    assert torch.equal(image_teacher(model, accelerator)(images), logits(model, images))
+    assert torch.equal(image_teacher(model)(images), logits(model, images))
 
 
-def test_a_grey_student_uses_the_mean_of_a_teachers_colour_statistics(accelerator):
+def test_a_grey_student_uses_the_mean_of_a_teachers_colour_statistics():
     model = model_of(mean=IMAGENET[0], std=IMAGENET[1], in_chans=1)
     own = (sum(IMAGENET[0]) / 3,), (sum(IMAGENET[1]) / 3,)
-    teacher = image_teacher(model, accelerator, mean=(0.5,), std=(0.5,))
+    teacher = image_teacher(model, mean=(0.5,), std=(0.5,))
     images = pixels(channels=1)
     expected = logits(model, normalised(images, *own))
     torch.testing.assert_close(teacher(normalised(images, (0.5,), (0.5,))), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [24, 48])
-def test_images_are_resized_to_the_size_of_the_teacher(accelerator, size):
+def test_images_are_resized_to_the_size_of_the_teacher(size):
     model, images = model_of(size=size, mean=IMAGENET[0], std=IMAGENET[1]), pixels()
     own = normalised(images, *IMAGENET)
     expected = logits(model, F.interpolate(own, (size, size), mode="bicubic", antialias=True))
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
-    given = image_teacher(model, accelerator)(normalised(images, (0.5,) * 3, (0.5,) * 3))
+    given = image_teacher(model)(normalised(images, (0.5,) * 3, (0.5,) * 3))
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
     assert seen == [(4, 3, size, size)]
 
 
-def test_the_batch_of_the_student_is_left_as_it_was(accelerator):
-    teacher = image_teacher(model_of(size=48, mean=IMAGENET[0], std=IMAGENET[1]), accelerator)
+def test_the_batch_of_the_student_is_left_as_it_was():
+    teacher = image_teacher(model_of(size=48, mean=IMAGENET[0], std=IMAGENET[1]))
     images = pixels()
     teacher(images)
     assert torch.equal(images, pixels())
 
 
-def test_a_teacher_in_channels_last_format_gives_the_same_logits(accelerator):
+def test_a_teacher_in_channels_last_format_gives_the_same_logits():
     images = pixels()
     expected = logits(model_of(), images)
-    teacher = image_teacher(model_of(), accelerator, channels_last=True)
+    teacher = image_teacher(model_of(), channels_last=True)
     given = teacher(images.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
 
@@ -278,13 +269,13 @@ def test_the_statistics_of_a_colour_teacher_are_averaged_for_grey_images():
 # --- released --------------------------------------------------------------------------------------------------------
 
 
-def test_the_memory_of_a_released_teacher_is_freed_its_statistics_too(accelerator):
+def test_the_memory_of_a_released_teacher_is_freed_its_statistics_too():
     def held() -> int:
         gc.collect()
         return sum(t.numel() for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter))
 
     before = held()
-    teacher = image_teacher(model_of(mean=IMAGENET[0], std=IMAGENET[1]), accelerator)
+    teacher = image_teacher(model_of(mean=IMAGENET[0], std=IMAGENET[1]))
     teacher(pixels())
     assert held() >= before + teacher.params
     teacher.release()

@@ -1,11 +1,12 @@
 """The teacher of a detector: found, built, and in line with the student anchor by anchor."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from accelerate import Accelerator
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
@@ -28,7 +29,7 @@ class DetectorTeacher(Teacher):
 
     Args:
         model: the detector with its weights.
-        source, accelerator, channels_last: see `Teacher`.
+        source, device, autocast, channels_last: see `Teacher`.
         student: the detector that it teaches.
 
     Raises:
@@ -40,8 +41,9 @@ class DetectorTeacher(Teacher):
         model: RetinaNet | FasterRCNN,
         *,
         source: str,
-        accelerator: Accelerator,
+        device: torch.device | str,
         student: RetinaNet | FasterRCNN,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
         channels_last: bool = False,
     ) -> None:
         check_lined_up(student.config, model.config, source)
@@ -49,7 +51,8 @@ class DetectorTeacher(Teacher):
             prepare_layout(model, channels_last=channels_last),
             name=f"{model.config.detector}_{model.config.backbone}",
             source=source,
-            accelerator=accelerator,
+            device=device,
+            autocast=autocast,
             channels_last=channels_last,
             rebuild=partial(build_detector, model.config),
         )
@@ -67,8 +70,8 @@ class DetectorTeacher(Teacher):
             model.transform.image_std,
         )
         self.same_normalisation = bool((scale == 1).all()) and bool((shift == 0).all())
-        self.scale = scale.view(-1, 1, 1).to(accelerator.device)
-        self.shift = shift.view(-1, 1, 1).to(accelerator.device)
+        self.scale = scale.view(-1, 1, 1).to(self.device)
+        self.shift = shift.view(-1, 1, 1).to(self.device)
 
     def forward(self, batch: StudentView | list[Tensor]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Head outputs for a batch as the student resized and padded it, or detections for a list of images."""

@@ -1,9 +1,11 @@
 """The frozen teacher of a denoiser."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from accelerate import Accelerator
+import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class DenoiserTeacher(Teacher):
     Args:
         model: a denoiser that passes `check_compatible` with the student.
         process: the diffusion process of both.
-        source, accelerator, channels_last: see `Teacher`.
+        source, device, autocast, channels_last: see `Teacher`.
     """
 
     def __init__(
@@ -27,14 +29,16 @@ class DenoiserTeacher(Teacher):
         *,
         process: DDPMScheduler,
         source: Path,
-        accelerator: Accelerator,
+        device: torch.device | str,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
         channels_last: bool = False,
     ) -> None:
         super().__init__(
             model,
             name=model.name,
             source=str(source),
-            accelerator=accelerator,
+            device=device,
+            autocast=autocast,
             channels_last=channels_last,
             rebuild=partial(rebuild, model),
         )

@@ -65,6 +65,7 @@ class Run:
             project_config=ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "tensorboard")),
         )
         self.device = self.accelerator.device
+        self.placement = {"device": self.device, "autocast": self.accelerator.autocast}  # for what is never prepared
         self.is_main = self.accelerator.is_main_process
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = task != "det"  # whose shapes change from batch to batch

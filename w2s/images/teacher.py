@@ -1,13 +1,13 @@
 """Classifiers as teachers: found, built, and fitted to the student's images."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from w2s.engine.errors import InputError, first_line
@@ -133,7 +133,7 @@ class ImageTeacher(Teacher):
 
     Args:
         model: a timm model with weights; its `pretrained_cfg` says which images it takes.
-        source, accelerator, channels_last, rebuild: see `Teacher`.
+        source, device, autocast, channels_last, rebuild: see `Teacher`.
         mean, std: how the student's batches are normalised, one number a channel.
     """
 
@@ -142,9 +142,10 @@ class ImageTeacher(Teacher):
         model: nn.Module,
         *,
         source: str,
-        accelerator: Accelerator,
+        device: torch.device | str,
         mean: Sequence[float],
         std: Sequence[float],
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
         channels_last: bool = False,
         rebuild: Callable[[], nn.Module] | None = None,
     ) -> None:
@@ -153,15 +154,16 @@ class ImageTeacher(Teacher):
             model,
             name=config.get("architecture"),
             source=source,
-            accelerator=accelerator,
+            device=device,
+            autocast=autocast,
             channels_last=channels_last,
             rebuild=rebuild,
         )
         self.size = tuple(config["input_size"][-2:])
         scale, shift = renormalisation(mean, std, config["mean"], config["std"])
         self.same_range = bool(torch.allclose(scale, torch.ones(()))) and bool(torch.allclose(shift, torch.zeros(())))
-        self.scale = scale.view(1, -1, 1, 1).to(accelerator.device)
-        self.shift = shift.view(1, -1, 1, 1).to(accelerator.device)
+        self.scale = scale.view(1, -1, 1, 1).to(self.device)
+        self.shift = shift.view(1, -1, 1, 1).to(self.device)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) for a batch (B, C, H, W) that is normalised for the student."""
@@ -179,19 +181,20 @@ class ImageTeacher(Teacher):
 
 def build_image_teacher(
     spec: str,
-    accelerator: Accelerator,
     *,
     model_name: str | None,
     model_kwargs: dict,
     num_classes: int,
     data_config: dict,
+    device: torch.device | str,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
     channels_last: bool = False,
 ) -> ImageTeacher:
     """The frozen teacher that `--teacher` means, fitted to the student's batches.
 
     Args:
         spec, model_name, model_kwargs, num_classes, data_config: see `load_teacher`.
-        accelerator, channels_last: see `Teacher`.
+        device, autocast, channels_last: see `Teacher`.
 
     Raises:
         InputError: see `load_teacher`.
@@ -208,7 +211,8 @@ def build_image_teacher(
     return ImageTeacher(
         model,
         source=source,
-        accelerator=accelerator,
+        device=device,
+        autocast=autocast,
         mean=data_config["mean"],
         std=data_config["std"],
         channels_last=channels_last,

@@ -1,12 +1,16 @@
 #!/usr/bin/env python
 r"""Train an image classifier, sooner with a weaker teacher's help.
 
-One GPU or CPU      python train_cls.py -c recipes/digits_w2s.yaml
-One GPU, bf16       accelerate launch --mixed_precision bf16 train_cls.py -c recipes/cifar10_r50_w2s.yaml
-One node, 8 GPUs    accelerate launch --config_file recipes/accelerate/one_node_8gpu.yaml train_cls.py -c RECIPE
-Two nodes           accelerate launch --config_file recipes/accelerate/two_nodes.yaml --machine_rank 0|1 \
-                        --main_process_ip HOST train_cls.py -c RECIPE
-Resume              the same command with --resume auto
+One GPU or CPU  python train_cls.py -c recipes/quickstart_w2s.yaml
+One GPU, bf16   accelerate launch --mixed_precision bf16 train_cls.py \
+                    -c recipes/cifar10_r50_w2s.yaml
+8 GPUs          accelerate launch --config_file \
+                    recipes/accelerate/one_node_8gpu.yaml train_cls.py -c RECIPE
+Two nodes       accelerate launch --machine_rank 0|1 --main_process_ip HOST \
+                    --config_file recipes/accelerate/two_nodes.yaml \
+                    train_cls.py -c RECIPE
+Resume          the same command with --resume auto
+Evaluate        the same command with --eval-only
 
 Without --teacher this trains a baseline, which is also how a teacher is made.
 """
@@ -29,58 +33,45 @@ from w2s.engine.errors import InputError
 from w2s.engine.main import call_main
 from w2s.engine.optim import build_optimizer, scaled_lr
 from w2s.engine.options import (
-    add_data_options,
     add_kd_options,
     add_optimizer_options,
     add_run_options,
-    add_training_options,
-    add_weights_options,
     check_targets,
     run_name,
 )
-from w2s.engine.parsing import KeyValues, Parser, add_switch, positive_int, share
+from w2s.engine.parsing import Parser
 from w2s.engine.plan import Plan, accumulation_dtype, grid_point, plan_updates
 from w2s.engine.prepare import prepare_job
 from w2s.engine.run import Run
 from w2s.engine.teaching import early_phase, kd_window, start_distillation
 from w2s.engine.training import Job
-from w2s.images.augmentation import add_augmentation_options, build_criterion, build_data_config, build_mixup
+from w2s.images.augmentation import build_criterion, build_data_config, build_mixup
 from w2s.images.data import ImageData, load_data
 from w2s.images.loading import eval_loader, train_batches
 from w2s.images.models import classifier_flops, create_model, export, find_model, load_weights, pretrained_cfg
+from w2s.images.options import (
+    add_augmentation_options,
+    add_classification_data_options,
+    add_classifier_options,
+    add_classifier_training_options,
+)
 from w2s.images.teacher import ImageTeacher, build_image_teacher
 from w2s.losses import kl_softmax
 
 METRICS = ("top1", "top5", "eval_loss")
+COMMON_OPTIONS = (  # --help begins with these
+    *("dataset", "data_dir", "model", "epochs", "batch_size", "lr", "teacher", "teacher_model", "target", "resume"),
+)
 # what fits small grey digits; an option given by the user or a recipe wins
 DIGITS_DEFAULTS = {"img_size": 32, "hflip": 0.0, "mean": [0.5], "std": [0.5], "val_split": "test"}
 
 
 def build_parser() -> Parser:
-    """The options of this script. Groups that others share come from w2s/engine/options.py."""
-    parser = Parser(__doc__)
+    """The options of classification stand in w2s/images/options.py, those of all tasks in w2s/engine/options.py."""
+    parser = Parser(__doc__, COMMON_OPTIONS)
     add_run_options(parser)
-
-    group = add_data_options(
-        parser, "digits, hfds/NAME_OR_FOLDER, wds/..., torch/...", "image folder with train/ and val/"
-    )
-    group.add_argument("--val-split", metavar="NAME", help="reported on, decides nothing (default: validation)")
-    group.add_argument("--train-num-samples", type=positive_int, metavar="N", help="length of a streamed train split")
-    group.add_argument("--val-num-samples", type=positive_int, metavar="N", help="length of a streamed val split")
-
-    group = parser.add_argument_group("model (timm)")
-    group.add_argument("--model", default="resnet50", metavar="NAME")
-    add_switch(group, "--pretrained", "start from timm's pretrained weights")
-    group.add_argument("--initial-checkpoint", metavar="PATH", help="start from a run folder or a weights file")
-    group.add_argument("--num-classes", type=positive_int, metavar="N", help="default: from the data")
-    group.add_argument("--img-size", type=positive_int, metavar="N", help="default: the model's own")
-    group.add_argument("--in-chans", type=positive_int, default=3, metavar="N")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
-    add_switch(group, "--small-stem", "3x3 stride 1 and no pooling in the stem, for small images")
-    group.add_argument("--drop", type=float, metavar="P", help="dropout of the classifier")
-    group.add_argument("--drop-path", type=float, metavar="P")
-    add_weights_options(group)
-
+    add_classification_data_options(parser)
+    add_classifier_options(parser)
     add_kd_options(
         parser,
         "a run folder, .safetensors/.pth file (with --teacher-model), timm name, hf-hub:NAME or local-dir:FOLDER",
@@ -88,11 +79,9 @@ def build_parser() -> Parser:
     )
     add_optimizer_options(parser)
 
-    group = add_training_options(parser, epochs=100, batch_size=128)
-    group.add_argument("--smoothing", type=share, default=0.1)
-    add_switch(group, "--bce-loss", "binary cross entropy instead of softmax cross entropy")
-    group.add_argument("--bce-target-thresh", type=float)
+    add_classifier_training_options(parser)
     add_augmentation_options(parser)
+    parser.describe_defaults(lr="from --lr-base")
     return parser
 
 

@@ -1,17 +1,20 @@
 #!/usr/bin/env python
 r"""Train an object detector, sooner with a weaker teacher's help.
 
-One GPU or CPU      python train_det.py -c recipes/digits_det_w2s.yaml
-One node, 8 GPUs    accelerate launch --config_file recipes/accelerate/one_node_8gpu.yaml train_det.py \
-                        -c recipes/coco_retinanet_r50_w2s.yaml --data coco
-Two nodes           accelerate launch --machine_rank 0|1 --main_process_ip HOST \
-                        --config_file recipes/accelerate/two_nodes.yaml train_det.py -c RECIPE
-Resume              any of these with --resume auto
-Evaluate            python train_det.py --eval-only --initial-checkpoint RUN --data coco
+One GPU or CPU  python train_det.py -c recipes/digits_det_w2s.yaml
+8 GPUs          accelerate launch --config_file \
+                    recipes/accelerate/one_node_8gpu.yaml train_det.py \
+                    -c recipes/coco_retinanet_r50_w2s.yaml --data coco
+Two nodes       accelerate launch --machine_rank 0|1 --main_process_ip HOST \
+                    --config_file recipes/accelerate/two_nodes.yaml \
+                    train_det.py -c RECIPE
+Resume          any of these with --resume auto
+Evaluate        any of these with --eval-only
 
-Without --teacher this trains a baseline, which is also how a teacher is made. Schedule and losses are those of
-torchvision's reference: SGD at 0.01 (RetinaNet) or 0.02 (Faster R-CNN) for 16 images, 1,000 updates of linear warm-up,
-steps at epochs 16 and 22 of 26.
+Without --teacher this trains a baseline, which is also how a teacher is made.
+Schedule and losses are those of torchvision's reference: SGD at 0.01
+(RetinaNet) or 0.02 (Faster R-CNN) for 16 images, 1,000 updates of linear
+warm-up, steps at epochs 16 and 22 of 26.
 """
 
 import dataclasses
@@ -66,11 +69,14 @@ from w2s.engine.trackers import log_picture
 from w2s.engine.training import Job
 
 METRICS = COCO_METRICS[:6]  # which a training reports
+COMMON_OPTIONS = (  # --help begins with these
+    *("data", "detector", "model", "pretrained_backbone", "epochs", "batch_size", "lr", "teacher", "target", "resume"),
+)
 
 
 def build_parser() -> Parser:
     """The options of detection stand in w2s/detection/options.py, those of all tasks in w2s/engine/options.py."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, COMMON_OPTIONS)
     add_run_options(parser)
     add_detection_data_options(parser)
     add_detector_options(parser)

@@ -1,15 +1,23 @@
 #!/usr/bin/env python
-r"""Train a diffusion model of images (DDPM), sooner with a weaker teacher's help. Progress is counted in updates.
+r"""Train a diffusion model of images (DDPM), sooner with a weaker teacher's help.
 
-One GPU or CPU      python train_diffusion.py -c recipes/digits_diffusion_w2s.yaml
-One GPU, bf16       accelerate launch --mixed_precision bf16 train_diffusion.py -c recipes/cifar10_nc128rb3_w2s.yaml
-One node, 8 GPUs    accelerate launch --config_file recipes/accelerate/one_node_8gpu.yaml train_diffusion.py -c RECIPE
-Two nodes           accelerate launch --config_file recipes/accelerate/two_nodes.yaml --main_process_ip HOST \
-                        --machine_rank 0|1 train_diffusion.py -c RECIPE
-Resume              any of these commands with --resume auto
+Progress is counted in updates.
 
-Without --teacher this trains a baseline, which is also how a teacher is made. Denoisers are judged by the Frechet
-distance of their samples' features from those of real images; lower is better.
+One GPU or CPU  python train_diffusion.py -c recipes/digits_diffusion_w2s.yaml
+One GPU, bf16   accelerate launch --mixed_precision bf16 train_diffusion.py \
+                    -c recipes/cifar10_nc128rb3_w2s.yaml
+8 GPUs          accelerate launch --config_file \
+                    recipes/accelerate/one_node_8gpu.yaml train_diffusion.py \
+                    -c RECIPE
+Two nodes       accelerate launch --machine_rank 0|1 --main_process_ip HOST \
+                    --config_file recipes/accelerate/two_nodes.yaml \
+                    train_diffusion.py -c RECIPE
+Resume          any of these commands with --resume auto
+Evaluate        any of these commands with --eval-only
+
+Without --teacher this trains a baseline, which is also how a teacher is made.
+Denoisers are judged by the Frechet distance of their samples' features from
+those of real images; lower is better.
 """
 
 import json
@@ -26,22 +34,15 @@ from w2s.diffusion.data import DiffusionData, load_diffusion_data
 from w2s.diffusion.denoisers import build_denoiser, denoiser_flops
 from w2s.diffusion.exports import export_denoiser, load_compatible
 from w2s.diffusion.judge import Judge, add_judge_options, build_judge, resolve_sample_steps
-from w2s.diffusion.process import add_process_options, as_epsilon, denoising_loss, draw_noise, noise_schedule
+from w2s.diffusion.options import add_denoiser_options, add_diffusion_data_options, add_diffusion_training_options
+from w2s.diffusion.process import as_epsilon, denoising_loss, draw_noise, noise_schedule
 from w2s.diffusion.teacher import DenoiserTeacher
 from w2s.distillation import Distillation
 from w2s.engine.errors import InputError, on_one_line
 from w2s.engine.main import call_main
 from w2s.engine.optim import build_optimizer, scaled_lr
-from w2s.engine.options import (
-    add_data_options,
-    add_kd_options,
-    add_optimizer_options,
-    add_run_options,
-    add_weights_options,
-    check_targets,
-    run_name,
-)
-from w2s.engine.parsing import KeyValues, Parser, add_switch, positive_int, probability
+from w2s.engine.options import add_kd_options, add_optimizer_options, add_run_options, check_targets, run_name
+from w2s.engine.parsing import Parser
 from w2s.engine.plan import Plan, plan_updates
 from w2s.engine.prepare import prepare_job
 from w2s.engine.run import Run
@@ -51,44 +52,25 @@ from w2s.engine.training import Job
 from w2s.images.loading import train_batches
 from w2s.losses import mse_epsilon
 
+COMMON_OPTIONS = (  # --help begins with these
+    *("dataset", "data_dir", "model", "updates", "batch_size", "lr", "teacher", "fd_features", "target", "resume"),
+)
+
 
 def build_parser() -> Parser:
-    """The options of this script. Most of them come in groups that other scripts have, too."""
-    parser = Parser(__doc__)
+    """The options of diffusion stand in w2s/diffusion/options.py, those of all tasks in w2s/engine/options.py."""
+    parser = Parser(__doc__, COMMON_OPTIONS)
     add_run_options(parser)
-
-    group = add_data_options(parser, "digits, hfds/NAME_OR_FOLDER, torch/...", "image folder with train/")
-    group.add_argument("--img-size", type=positive_int, metavar="N", help="default: 32; 8 for digits")
-    group.add_argument("--in-chans", type=positive_int, metavar="N", help="default: 3; 1 for digits")
-    group.add_argument("--hflip", type=probability, metavar="P", help="default: 0.5; 0 for digits")
-
-    group = parser.add_argument_group("denoiser and process")
-    group.add_argument("--model", default="nc128-rb3", metavar="NAME", help="ncN-rbM, or a timm VisionTransformer")
-    group.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        default={},
-        action=KeyValues,
-        metavar="K=V",
-        help="ncN-rbM: channel_mult, attention, dropout, head_dim; else timm's: patch_size, embed_dim, depth, ...",
-    )
-    group.add_argument("--initial-checkpoint", metavar="PATH", help="start from a run folder or pipeline folder")
-    add_switch(group, "--class-cond", "condition on the class; otherwise no labels are needed")
-    add_process_options(group)
-    add_weights_options(group, sync_bn=False, ema=True, ema_decay=0.999)
-
+    add_diffusion_data_options(parser)
+    add_denoiser_options(parser)
     add_kd_options(parser, "a run folder or a diffusers pipeline folder", unit="updates")
     add_optimizer_options(parser, unit="updates")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--updates", type=positive_int, default=100_000, metavar="N")
-    group.add_argument("--eval-interval", type=positive_int, default=1000, metavar="N", help="updates (1000)")
-    group.add_argument("-b", "--batch-size", type=positive_int, default=128, metavar="N", help="per process")
-    group.add_argument("--grad-accum-steps", type=positive_int, default=1, metavar="N")
-
+    add_diffusion_training_options(parser)
     add_judge_options(parser)
 
     parser.set_defaults(opt="adam", lr_base=None, weight_decay=0.0, sched="constant")
+    parser.describe_defaults(lr="2e-4, or from --lr-base", lr_base="not used")
     parser.set_defaults(switch_split="0", kd_temperature=[1.0])
     return parser
 

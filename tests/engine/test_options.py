@@ -1,11 +1,16 @@
 """Recipes and command lines, their refusals in one line."""
 
+import argparse
+import re
+from importlib import import_module
+
 import pytest
 import yaml
 from helpers import refused
 
 from train_cls import build_parser, resolve
 from w2s.engine.checkpoint import plain
+from w2s.engine.elsewhere import REMEDIES
 from w2s.engine.options import parse_targets
 from w2s.engine.parsing import Parser, add_switch
 
@@ -85,7 +90,8 @@ def test_a_switch_is_turned_on_by_a_recipe_and_off_by_the_command_line(recipe, s
     name, option = switch.replace("-", "_"), switch.replace("_", "-")
     path = recipe(f"{switch}: true\n")
     assert getattr(parse("-c", path), name) is True
-    assert getattr(parse("-c", path, f"--no-{option}"), name) is False
+    opposite = "--aug" if name == "no_aug" else f"--no-{option}"
+    assert getattr(parse("-c", path, opposite), name) is False
     assert getattr(parse("-c", recipe(f"{switch}: false\n")), name) is False
 
 
@@ -101,7 +107,7 @@ def test_a_switch_is_off_unless_given(switch):
     [("zzz", None), ("epoch", "epochs"), ("kd_wieght", "kd-weight"), ("batchsize", "batch-size")],
 )
 def test_an_unknown_key_is_refused_with_the_one_that_was_meant(recipe, key, meant):
-    with refused("recipe.yaml", "unknown key", f"'{key}'", *([f"did you mean '{meant}'"] if meant else [])):
+    with refused("recipe.yaml", "unknown key", f"'{key}'", *([f"did you mean {meant}?"] if meant else [])):
         parse("-c", recipe(f"{key}: 3\n"))
 
 
@@ -228,10 +234,14 @@ def test_numbers_below_their_range_are_refused(words):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("--lernrate", "1"), ("--lernrate",)),
+        (("--qqqq", "1"), ("unknown option --qqqq", "--help")),
+        (("--modle", "resnet50"), ("unknown option --modle", "did you mean --model?")),
+        (("--batch_size=64",), ("unknown option --batch_size", "did you mean --batch-size?")),
+        (("--amp",), ("--amp", "accelerate launch --mixed_precision")),
+        (("--input-size", "3", "32", "32"), ("--input-size", "--img-size")),
         (("--lr",), ("--lr", "expected one argument")),
         (("--lr", "fast"), ("--lr", "'fast'")),
-        (("stray",), ("stray",)),
+        (("imagenet",), ("'imagenet'", "--data-dir imagenet")),
         (("--epo", "3"), ("--epo",)),  # no abbreviations
         (("-c",), ("--config",)),
         (("--model-kwargs", "depth"), ("--model-kwargs", "depth")),
@@ -241,6 +251,56 @@ def test_numbers_below_their_range_are_refused(words):
 def test_a_wrong_command_line_is_refused_in_one_line(words, parts):
     with refused(*parts):
         parse(*words)
+
+
+@pytest.mark.parametrize("words", [("--kd-weight", "1"), ("--teacher-model", "resnet18", "--kd-hold", "3")])
+def test_options_of_the_teacher_without_one_are_named_in_a_warning(words, recipe, capsys):
+    parse(*words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: without --teacher") and all(word in line for word in words if word[0] == "-")
+    parse(*words, "--teacher", "run")
+    assert capsys.readouterr().err == ""
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["train_cls", "train_det", "train_diffusion"])
+def script_parser(request):
+    return import_module(request.param).build_parser()
+
+
+def test_help_begins_with_what_most_runs_need_and_fits_80_columns(script_parser, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = script_parser.format_help().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("usage: ") and lines[1] == ""
+    (common, *others) = [number for number, line in enumerate(lines) if re.fullmatch(r"[^ ].*:", line)]
+    assert lines[common] == "what most runs need:"
+    first = [line.split()[0].strip(",") for line in lines[common + 1 : others[0]] if re.match(r"  -", line)]
+    assert len(first) == 12 and first[:2] == ["-h", "-c"]
+    assert all(any(option in word for word in " ".join(lines[common : others[0]]).split()) for option in ("--lr", "-b"))
+
+
+def test_help_lists_every_option_once_with_its_text_and_its_default(script_parser, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    entries = re.findall(r"^  (-.*(?:\n {20,}.*)*)", script_parser.format_help(), re.M)
+    texts = {}
+    for entry in entries:
+        invocation, text = re.split(r"\s{2,}", entry, maxsplit=1)
+        for name in re.findall(r"--(?:\[no-\])?([a-z-]+)", invocation):
+            assert name not in texts
+            texts[name] = " ".join(text.split())
+    assert "no-no-aug" not in texts
+    for action in script_parser._actions:
+        text = texts[next(option[2:] for option in action.option_strings if option.startswith("--"))]
+        if action.default not in (None, False, "", {}, [], argparse.SUPPRESS):
+            assert "(default: " in text, action.dest
+
+
+def test_names_of_other_trainers_are_no_options_here(script_parser):
+    known = {option.lstrip("-") for action in script_parser._actions for option in action.option_strings}
+    assert not known & set(REMEDIES)
 
 
 def test_a_parser_of_ones_own_reads_recipes_too(tmp_path):

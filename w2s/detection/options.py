@@ -13,7 +13,13 @@ from w2s.detection.config import DETECTOR_KINDS, DetectorConfig
 from w2s.detection.data import DetectionData, open_detection, reporting_split, split_detection
 from w2s.detection.loading import DetectionSplit, detection_transform
 from w2s.engine.errors import InputError
-from w2s.engine.options import add_optimizer_options, add_training_options, add_weights_options, switch_fraction
+from w2s.engine.options import (
+    add_optimizer_options,
+    add_training_options,
+    add_weights_options,
+    add_worker_option,
+    switch_fraction,
+)
 from w2s.engine.parsing import KeyValues, Parser, add_switch, natural_int, positive_int
 
 
@@ -23,21 +29,21 @@ def add_detection_data_options(parser: Parser) -> None:
     group.add_argument(
         "--data", metavar="FOLDER", help="COCO's layout (train2017/ val2017/ annotations/), digits_det, hfds/..."
     )
-    group.add_argument("--train-images", metavar="DIR", help="in place of --data, with the three options below")
-    group.add_argument("--train-json", metavar="FILE")
-    group.add_argument("--val-images", metavar="DIR")
-    group.add_argument("--val-json", metavar="FILE", help="reported on, decides nothing")
+    group.add_argument("--train-images", metavar="DIR", help="in place of --data, with the next three options")
+    group.add_argument("--train-json", metavar="FILE", help="annotations of --train-images")
+    group.add_argument("--val-images", metavar="DIR", help="images to report on")
+    group.add_argument("--val-json", metavar="FILE", help="annotations of --val-images")
     group.add_argument("--train-split", default="train", metavar="NAME", help="of hfds/...")
     group.add_argument("--val-split", default="validation", metavar="NAME", help="of hfds/...")
-    group.add_argument("--input-key", metavar="KEY", help="column of the image (image)")
-    group.add_argument("--target-key", metavar="KEY", help="column of the objects (objects)")
-    group.add_argument("--bbox-format", choices=["xywh", "xyxy"], default="xywh", help="of hfds/... (xywh)")
+    group.add_argument("--input-key", metavar="KEY", help="column of the image (default: image)")
+    group.add_argument("--target-key", metavar="KEY", help="column of the objects (default: objects)")
+    group.add_argument("--bbox-format", choices=["xywh", "xyxy"], default="xywh", help="of hfds/...")
     add_switch(group, "--fix-boxes", "drop boxes without area and clip those that reach outside, instead of stopping")
     add_switch(group, "--keep-empty", "train on images without boxes, too")
     group.add_argument(
-        "--check-images", type=int, default=2000, metavar="N", help="decode N a split first, spread evenly (-1: all)"
+        "--check-images", type=int, default=2000, metavar="N", help="decode N a split first, spread evenly; -1: all"
     )
-    group.add_argument("-j", "--workers", type=natural_int, default=4, metavar="N", help="loader workers a process")
+    add_worker_option(group)
 
 
 def open_training_data(args: argparse.Namespace, first_label: int) -> DetectionData:
@@ -99,25 +105,51 @@ def _open_images(args: argparse.Namespace, with_train: bool) -> tuple[AnnotatedI
 def add_detector_options(parser: Parser) -> None:
     """The student, and how its weights are averaged, laid out and compiled."""
     group = parser.add_argument_group("model (timm backbone, torchvision detector)")
-    group.add_argument("--detector", choices=list(DETECTOR_KINDS), default="retinanet")
+    group.add_argument("--detector", choices=list(DETECTOR_KINDS), default="retinanet", help="kind of the student")
     group.add_argument("--model", default="resnet50", metavar="NAME", help="timm backbone")
     add_switch(group, "--pretrained-backbone", "start from timm's pretrained weights")
     group.add_argument("--initial-checkpoint", metavar="PATH", help="start from a run folder or a weights file")
-    group.add_argument("--norm", metavar="KIND", help="frozen_bn (default if pretrained), bn (default if not) or gn")
+    group.add_argument("--norm", metavar="KIND", help="frozen_bn, bn or gn (default: frozen_bn if pretrained, else bn)")
     group.add_argument(
-        "--trainable-layers", type=natural_int, metavar="N", help="last stages to train (3 if pretrained, else all)"
+        "--trainable-layers",
+        type=natural_int,
+        metavar="N",
+        help="last stages to train (default: 3 if pretrained, else all)",
     )
-    group.add_argument("--strides", type=positive_int, nargs="+", metavar="N", help="levels: 8 16 32, or 4 8 16 32")
     group.add_argument(
-        "--extra-levels", type=natural_int, metavar="N", help="above them: 2 (RetinaNet), 1 (Faster R-CNN)"
+        "--strides",
+        type=positive_int,
+        nargs="+",
+        metavar="N",
+        help="of the levels (default: 8 16 32 for RetinaNet, 4 8 16 32 for Faster R-CNN)",
     )
-    group.add_argument("--anchor-scale", type=float, metavar="X", help="anchor side over stride: 4, or 8")
-    group.add_argument("--fpn-channels", type=positive_int, default=256, metavar="N")
-    group.add_argument("--min-size", type=positive_int, metavar="PX", help="images: shorter side (800)")
-    group.add_argument("--max-size", type=positive_int, metavar="PX", help="and longer side at most (1333)")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="timm's")
     group.add_argument(
-        "--detector-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="torchvision's"
+        "--extra-levels",
+        type=natural_int,
+        metavar="N",
+        help="above them (default: 2 for RetinaNet, 1 for Faster R-CNN)",
+    )
+    group.add_argument(
+        "--anchor-scale",
+        type=float,
+        metavar="X",
+        help="anchor side over stride (default: 4 for RetinaNet, 8 for Faster R-CNN)",
+    )
+    group.add_argument(
+        "--fpn-channels", type=positive_int, default=256, metavar="N", help="width of the feature pyramid"
+    )
+    group.add_argument("--min-size", type=positive_int, metavar="PX", help="shorter side of the images (default: 800)")
+    group.add_argument("--max-size", type=positive_int, metavar="PX", help="longer side at most (default: 1333)")
+    group.add_argument(
+        "--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="arguments of the backbone"
+    )
+    group.add_argument(
+        "--detector-kwargs",
+        nargs="*",
+        default={},
+        action=KeyValues,
+        metavar="K=V",
+        help="arguments of torchvision's detector",
     )
     add_weights_options(group, compiled="the backbone")
 
@@ -161,6 +193,12 @@ def add_detection_optimizer_options(parser: Parser) -> None:
         warmup_epochs=None,
         warmup_lr=None,
     )
+    parser.describe_defaults(
+        lr="from --lr-base",
+        lr_base="0.01 for RetinaNet, 0.02 for Faster R-CNN",
+        warmup_epochs="1,000 updates, but at most one epoch",
+        warmup_lr="a thousandth of the rate",
+    )
 
 
 def reference_warmup(args: argparse.Namespace, lr: float, updates_per_epoch: int) -> dict[str, float]:
@@ -183,13 +221,13 @@ def add_detection_training_options(parser: Parser) -> None:
     group.add_argument(
         "--switch-metric", choices=["AP50", "AP"], default="AP50", help="of --target, --teacher-score and switch-off"
     )
-    add_switch(group, "--group-aspect", "batches of images of one aspect ratio (default)", default=True)
+    add_switch(group, "--group-aspect", "batches of images of one aspect ratio", default=True)
 
 
 def add_detection_augmentation_options(parser: Parser) -> None:
     """torchvision's transforms of images with boxes."""
     group = parser.add_argument_group("augmentation (torchvision)")
-    group.add_argument("--hflip", type=float, default=0.5)
+    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="of a mirror image")
     group.add_argument("--scale-jitter", type=positive_int, nargs=2, metavar="PX", help="shorter side from LOW to HIGH")
     group.add_argument("--lsj", type=positive_int, metavar="PX", help="large-scale jitter on a canvas of this size")
     add_switch(group, "--photometric", "distort colours, as SSD does")

@@ -36,7 +36,7 @@ def add_judge_options(parser: Parser) -> None:
     """How denoisers are sampled, and which distance of the samples is measured."""
     group = parser.add_argument_group("samples and their distance")
     group.add_argument("--fd-split", metavar="NAME", help="real images to compare with (default: the training images)")
-    group.add_argument("--fd-samples", type=positive_int, default=10_000, metavar="N", help="(10000)")
+    group.add_argument("--fd-samples", type=positive_int, default=10_000, metavar="N", help="samples of an evaluation")
     group.add_argument("--fd-features", metavar="RUN", help="a run of train_cls.py for features, not Inception")
     group.add_argument("--fid-weights", metavar="FILE", help="torch-fidelity's Inception weights (default: downloaded)")
     group.add_argument("--fd-cache", metavar="DIR", help="statistics of the real images (default: OUTPUT/fd-cache)")
@@ -47,8 +47,10 @@ def add_judge_options(parser: Parser) -> None:
         metavar="N",
         help="of --diffusion-steps; default: ddim 50 or the next fewer that divide them, ddpm all (then slow)",
     )
-    group.add_argument("--sample-seed", type=natural_int, default=0, help="of the noise; the same in all arms (0)")
-    group.add_argument("--validation-batch-size", type=positive_int, default=256, metavar="N", help="per process (256)")
+    group.add_argument(
+        "--sample-seed", type=natural_int, default=0, metavar="N", help="of the noise; the same in all arms"
+    )
+    group.add_argument("--validation-batch-size", type=positive_int, default=256, metavar="N", help="per process")
 
 
 def resolve_sample_steps(sample_steps: int | None, sampler: str, diffusion_steps: int) -> int:

@@ -21,9 +21,9 @@ SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
 def add_process_options(group: argparse._ArgumentGroup) -> None:
     """The diffusion process, what a denoiser predicts, and how its loss is weighted."""
-    group.add_argument("--betas", choices=BETAS, default="linear")
-    group.add_argument("--diffusion-steps", type=positive_int, default=1000, metavar="N", help="(1000)")
-    group.add_argument("--prediction", choices=PREDICTIONS, default="epsilon")
+    group.add_argument("--betas", choices=BETAS, default="linear", help="how the noise grows over the process")
+    group.add_argument("--diffusion-steps", type=positive_int, default=1000, metavar="N", help="of the whole process")
+    group.add_argument("--prediction", choices=PREDICTIONS, default="epsilon", help="what the denoiser predicts")
     group.add_argument("--min-snr", type=not_negative, metavar="GAMMA", help="min-SNR weighting of the loss, e.g. 5")
 
 

@@ -6,6 +6,7 @@ unknown key or a value of the wrong type is refused in the same way.
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,20 +15,65 @@ import torch
 import yaml
 from timm.utils import ParseKwargs
 
+from w2s.engine.elsewhere import remedy
 from w2s.engine.errors import InputError, on_one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are `InputError`s and that reads recipes."""
+    """An ArgumentParser whose errors are `InputError`s and that reads recipes.
 
-    def __init__(self, description: str) -> None:
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+    Args:
+        description: what the script does.
+        common: destinations of the options that most runs need; `--help` begins with them.
+    """
+
+    def __init__(self, description: str, common: Sequence[str] = ()) -> None:
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        self.common = ("help", "config", *common)
+        self._needing: list[tuple[str, argparse._ArgumentGroup]] = []
         self.add_argument("-c", "--config", metavar="FILE", help="YAML recipe; the command line overrides it")
 
     def error(self, message: str) -> None:
         raise InputError(message)
+
+    def add_group_needing(self, needed: str, title: str) -> argparse._ArgumentGroup:
+        """A group of options that do nothing without the option of destination `needed`."""
+        group = self.add_argument_group(title)
+        self._needing.append((needed, group))
+        return group
+
+    def describe_defaults(self, **texts: str) -> None:
+        """Say in the help what options come to that are None unless given, by their destinations."""
+        for action in self._actions:
+            if action.dest in texts:
+                action.help = f"{action.help} (default: {texts[action.dest]})"
+
+    def format_help(self) -> str:
+        """A usage of one line, what the script does, the options that most runs need, and the others by group."""
+        formatter = self._get_formatter()
+        formatter.add_usage("%(prog)s [-c RECIPE] [--OPTION VALUE ...]", [], [])
+        formatter.add_text(self.description)
+        actions = {action.dest: action for action in self._actions}
+        sections = {"what most runs need": [actions[dest] for dest in self.common if dest in actions]}
+        for group in self._action_groups:
+            rest = [action for action in group._group_actions if action.dest not in self.common]
+            sections.setdefault(group.title, []).extend(rest)
+        for title, section in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments(section)
+            formatter.end_section()
+        return formatter.format_help()
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parse a command line.
+
+        Raises:
+            InputError: an unknown option or a stray word, with what was probably meant, or a wrong value.
+        """
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._explain(unknown[0]))
+        return namespace
 
     def parse_recipe(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse a command line and the recipe it names.
@@ -35,15 +81,44 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: unknown option or key, wrong type, unreadable recipe.
         """
-        config = self.parse_args(argv).config
-        if not config:
-            return self.parse_args(argv)
-        tokens = self._recipe_tokens(Path(config))
-        try:
-            self.parse_args(tokens)
-        except InputError as error:
-            raise InputError(f"{config}: {error}") from None
-        return self.parse_args(tokens + list(sys.argv[1:] if argv is None else argv))
+        words = list(sys.argv[1:] if argv is None else argv)
+        args = self.parse_args(words)
+        if config := args.config:
+            tokens = self._recipe_tokens(Path(config))
+            try:
+                self.parse_args(tokens)
+            except InputError as error:
+                raise InputError(f"{config}: {error}") from None
+            args = self.parse_args(tokens + words)
+        self._warn_of_idle_options(args)
+        return args
+
+    def _warn_of_idle_options(self, args: argparse.Namespace) -> None:
+        for needed, group in self._needing:
+            changed = [
+                action.option_strings[0]
+                for action in group._group_actions
+                if getattr(args, action.dest) != self.get_default(action.dest)
+            ]
+            if changed and not getattr(args, needed) and int(os.environ.get("RANK", 0)) == 0:
+                do = "does" if len(changed) == 1 else "do"
+                print(f"warning: without --{needed}, {', '.join(changed)} {do} nothing", file=sys.stderr)
+
+    def _explain(self, word: str) -> str:
+        """What to do about a word of a command line that means nothing here."""
+        option = word.partition("=")[0]
+        if not option.startswith("-"):
+            data = "--data-dir" if "--data-dir" in self._option_string_actions else "--data"
+            return f"'{word}' belongs to no option; the folder of the data is given as {data} {word}"
+        return f"unknown option {option}{self._hint(option.lstrip('-'), dashes='--')}"
+
+    def _hint(self, name: str, dashes: str = "") -> str:
+        """What was probably meant by the name of an option that does not exist."""
+        if instead := remedy(name):
+            return f": {instead}"
+        known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        close = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+        return f", did you mean {dashes}{close[0]}?" if close else "; --help lists those there are"
 
     def _recipe_tokens(self, path: Path) -> list[str]:
         recipe = read_recipe(path)
@@ -52,13 +127,35 @@ class Parser(argparse.ArgumentParser):
         for key, value in recipe.items():
             option = str(key).replace("_", "-")
             action = actions.get(option)
-            negative = isinstance(action, argparse.BooleanOptionalAction) and f"--{option}" != action.option_strings[0]
+            negative = isinstance(action, Switch) and f"--{option}" != action.option_strings[0]
             if action is None or option in ("config", "help") or negative:
-                close = difflib.get_close_matches(option, actions, n=1)
-                hint = f", did you mean '{close[0]}'?" if close else ""
-                raise InputError(f"{path}: unknown key '{key}'{hint}")
+                raise InputError(f"{path}: unknown key '{key}'{self._hint(option)}")
             tokens += _tokens(path, key, action, value)
         return tokens
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help on 80 columns or more, with the default of every option that has one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if isinstance(action, Switch):
+            default = "on" if default else None
+        elif isinstance(default, list):
+            default = " ".join(map(str, default))
+        if default in (None, "", argparse.SUPPRESS) or default == {} or "default" in action.help:
+            return action.help
+        return f"{action.help} (default: {str(default).replace('%', '%%')})"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, Switch):
+            name, negative = action.option_strings
+            return f"--[no-]{name[2:]}" if negative.startswith("--no-") else f"{name}, {negative}"
+        metavar = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {metavar}".rstrip()
 
 
 def read_recipe(path: Path) -> dict:
@@ -82,13 +179,13 @@ def read_recipe(path: Path) -> dict:
 
 def _tokens(path: Path, key: str, action: argparse.Action, value: object) -> list[str]:
     """An entry of a recipe as words of a command line."""
-    option = action.option_strings[0] if len(action.option_strings) == 1 else f"--{action.dest.replace('_', '-')}"
+    option = f"--{action.dest.replace('_', '-')}"
     if value is None or value == []:  # an empty list is the default, as args.yaml has it
         return []
-    if isinstance(action, argparse.BooleanOptionalAction):
+    if isinstance(action, Switch):
         if not isinstance(value, bool):
             raise InputError(f"{path}: '{key}' must be true or false, got {value!r}")
-        return [option if value else f"--no-{option[2:]}"]
+        return [action.option_strings[0 if value else 1]]
     if isinstance(action, ParseKwargs):
         if not isinstance(value, dict):
             raise InputError(f"{path}: '{key}' must be a mapping of NAME: VALUE, got {value!r}")
@@ -101,8 +198,13 @@ def _tokens(path: Path, key: str, action: argparse.Action, value: object) -> lis
     return [option, *map(str, values)] if action.nargs is not None else [f"{option}={values[0]}"]
 
 
-class Switch(argparse.BooleanOptionalAction):
-    """A yes/no option; unlike its base it may itself be called --no-something."""
+class Switch(argparse.Action):
+    """A yes/no option `--something` with its opposite, `--no-something`; that of `--no-something` is `--something`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, default: bool = False, help: str = "") -> None:
+        (name,) = option_strings
+        opposite = f"--{name.removeprefix('--no-')}" if name.startswith("--no-") else f"--no-{name[2:]}"
+        super().__init__([name, opposite], dest, nargs=0, default=default, help=help)
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         setattr(namespace, self.dest, option_string == self.option_strings[0])
@@ -122,7 +224,7 @@ class KeyValues(ParseKwargs):
 
 
 def add_switch(group: argparse._ArgumentGroup, name: str, help: str, default: bool = False) -> None:
-    """A yes/no option `--name` that `--no-name` takes back."""
+    """A yes/no option `--name` and its opposite, see `Switch`."""
     group.add_argument(name, action=Switch, default=default, help=help)
 
 

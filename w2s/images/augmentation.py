@@ -1,6 +1,5 @@
-"""The augmentation options of a classifier, and timm's transforms that are built from them."""
+"""timm's transforms and losses, built from the options of a classifier."""
 
-import argparse
 from collections.abc import Callable
 
 from timm.data import Mixup, create_transform, resolve_data_config
@@ -9,33 +8,6 @@ from torch import nn
 from torchvision import transforms
 
 from w2s.engine.errors import InputError, on_one_line
-from w2s.engine.parsing import add_switch, not_negative
-
-
-def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
-    """Crops, flips, colours, erasing and mixing of images, under timm's names."""
-    group = parser.add_argument_group("augmentation (timm)")
-    add_switch(group, "--no-aug", "none")
-    group.add_argument("--pad-crop", type=int, metavar="N", help="for small images: pad by N, crop, flip")
-    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0])
-    group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3])
-    group.add_argument("--hflip", type=float, help="default: 0.5")
-    group.add_argument("--vflip", type=float, default=0.0)
-    group.add_argument("--color-jitter", type=float, default=0.4)
-    group.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment, e.g. rand-m9-mstd0.5")
-    group.add_argument("--reprob", type=float, default=0.0, help="random erasing")
-    group.add_argument("--remode", default="pixel")
-    group.add_argument("--mixup", type=not_negative, default=0.0)
-    group.add_argument("--cutmix", type=not_negative, default=0.0)
-    group.add_argument("--mixup-prob", type=float, default=1.0)
-    group.add_argument("--mixup-switch-prob", type=float, default=0.5)
-    group.add_argument("--mixup-mode", choices=["batch", "pair", "elem"], default="batch")
-    group.add_argument("--mixup-off-epoch", type=int, default=0, help="0: never off")
-    group.add_argument("--train-interpolation", metavar="MODE")
-    group.add_argument("--interpolation", metavar="MODE")
-    group.add_argument("--crop-pct", type=float, help="of evaluation (default: the model's; 1 up to 64 px)")
-    group.add_argument("--mean", type=float, nargs="+")
-    group.add_argument("--std", type=float, nargs="+")
 
 
 def build_data_config(args, pretrained_cfg: dict) -> dict:

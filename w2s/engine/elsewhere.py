@@ -1,0 +1,34 @@
+"""What the options of other training scripts are called here, for those who bring their habits or their recipes."""
+
+PRECISION = "precision is chosen by the launcher: accelerate launch --mixed_precision bf16 train_... (or fp16, or no)"
+LAUNCHED = "devices and processes are chosen by the launcher: see accelerate launch --help"
+
+# options of timm's train.py and of torchvision's references, without the dashes, and what to do instead
+REMEDIES = {
+    **dict.fromkeys(("amp", "amp-dtype", "fp16", "bf16", "model-dtype", "mixed-precision", "precision"), PRECISION),
+    **dict.fromkeys(("device", "local-rank", "world-size", "gpus", "num-gpus", "multi-gpu", "dist-url"), LAUNCHED),
+    "aug-repeats": "repeated augmentation is not there; an image is seen once an epoch",
+    "aug-splits": "augmentation splits and the JSD loss are not there",
+    "dataset-download": "nothing is downloaded on its own: fetch the dataset first, and name its folder",
+    "dist-bn": "before each evaluation all processes get the BatchNorm statistics of the first one; see also --sync-bn",
+    "eval-metric": "the reported metric is fixed for each task; see --target",
+    "experiment": "the name of a run is --name",
+    "fast-norm": "it is not there; --torchcompile fuses normalisation layers",
+    "input-size": "give --img-size N, and --in-chans N where the images are grey",
+    "kd-model-name": "the teacher is --teacher",
+    "log-wandb": "write --log-with wandb",
+    "output-dir": "the folder of all runs is --output",
+    "pin-mem": "memory is pinned wherever there is a GPU",
+    "print-freq": "the number of updates between two log lines is --log-interval",
+    "no-prefetcher": "batches are copied to a GPU while it computes; there is nothing to switch off",
+    "start-epoch": "--resume auto goes on where the newest checkpoint stands",
+    "sched-on-updates": "the schedule always runs on updates",
+    "test-only": "write --eval-only",
+    "val-interval": "give --evals-per-epoch N, which is at least 1",
+    "wandb-project": "the project of a tracker is --project",
+}
+
+
+def remedy(option: str) -> str | None:
+    """What to do instead of an option, given without its dashes, that is known elsewhere but not here."""
+    return REMEDIES.get(option.replace("_", "-"))

@@ -53,6 +53,12 @@ def test_a_second_comparison_takes_the_place_of_the_first(tmp_path, arms):
     assert "first@60" not in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_without_matplotlib_the_extra_is_named_and_nothing_is_written(tmp_path, arms, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words = command(*arms, tmp_path / "out")
+    check_refused(tmp_path, capsys, words, "matplotlib is not installed; pip install 'w2s[compare]'")
+
+
 def test_the_command_exits_with_2_and_one_line(tmp_path, arms):
     spoil_summary(arms[1][2], status="running")
     words = [sys.executable, "-m", "w2s.compare", *command(*arms, tmp_path / "out")]

@@ -12,16 +12,21 @@ import shlex
 import sys
 from pathlib import Path
 
-from w2s.compare.comparable import choose_targets
-from w2s.compare.curves import draw_curves
-from w2s.compare.report import markdown_table, write_html, write_markdown
-from w2s.compare.runs import RunFolder, read_run
-from w2s.compare.sections import headline_table
-from w2s.compare.speedup import compare_arms
-from w2s.compare.strength import draw_strength, strength_points
-from w2s.compare.verdict import verdict
-from w2s.compare.wandb_run import check_wandb, log_to_wandb
-from w2s.record import replacing
+from w2s import require
+
+try:
+    from w2s.compare.comparable import choose_targets
+    from w2s.compare.curves import draw_curves
+    from w2s.compare.report import markdown_table, write_html, write_markdown
+    from w2s.compare.runs import RunFolder, read_run
+    from w2s.compare.sections import headline_table
+    from w2s.compare.speedup import compare_arms
+    from w2s.compare.strength import draw_strength, strength_points
+    from w2s.compare.verdict import verdict
+    from w2s.compare.wandb_run import check_wandb, log_to_wandb
+    from w2s.record import replacing
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}; pip install 'w2s[compare]'")
 
 RESERVED = ("speedup", "lower_bound", "confirmed", "versus")  # keys beside the arms in speedup.json
 
@@ -131,11 +136,12 @@ def run_command(argv: list[str] | None) -> int:
     command = shlex.join(["python", "-m", "w2s.compare", *(sys.argv[1:] if argv is None else argv)])
     try:
         args = parse_arguments(argv)
+        require("compare", "matplotlib", "scipy")  # they are slow to import, and so imported late
         if args.log_with:
             check_wandb()
         result, arms = compare_folders(args)
         args.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError, argparse.ArgumentError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, argparse.ArgumentError) as error:
         return _refuse(error)
     paths = write_files(result, arms, args.out, command)
     print(f"{verdict(result, arms)}\n\n{markdown_table(headline_table(result, arms))}\n")

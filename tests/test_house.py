@@ -12,6 +12,7 @@ ROOMS = {  # what a room may import beside itself; "method" stands for the seven
     "method": set(),
     "engine": {"method"},
     "compare": {"method"},
+    "share": {"engine", "method"},
     "images": {"engine", "method"},
     "detection": {"images", "engine", "method"},
     "diffusion": {"images", "engine", "method"},

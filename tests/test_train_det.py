@@ -23,6 +23,7 @@ from helpers import (
     timeless,
     weights_of,
 )
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -31,6 +32,7 @@ from w2s.detection.metric import COCO_METRICS
 from w2s.detection.models import RetinaNet, export_detector, load_detector
 from w2s.engine.errors import InputError, NonFiniteLoss, Preempted
 from w2s.engine.optim import build_optimizer, scaled_lr
+from w2s.engine.sharing import share_folder
 from w2s.engine.training import Job
 from w2s.teacher import Teacher
 
@@ -193,6 +195,16 @@ def test_eval_only_prints_the_twelve_metrics_of_the_run(batch_size, tolerance, b
     assert metrics["AP50"] == pytest.approx(float(row["AP50"]), abs=tolerance) and metrics["AP50"] > 2 * tolerance
     assert isinstance(json.loads((tmp_path / "again" / "detections.json").read_text()), list)
     assert (tmp_path / "again" / "predictions.png").is_file()
+
+
+def test_a_shared_run_is_evaluated_as_it_was(baseline, digits_det, tmp_path, capsys):
+    folder = share_folder(shutil.copytree(baseline, tmp_path / "run"))
+    options = ["--eval-only --check-images 0 --workers 0 --validation-batch-size 8 --data", digits_det]
+    call_script(train_det.main, *options, "--initial-checkpoint", folder, "--output", tmp_path)
+    assert json.loads(capsys.readouterr().out)["AP50"] == pytest.approx(read_summary(baseline)["last"], abs=1e-6)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "object-detection" and card.data.eval_results[0].metric_name == "AP50"
+    assert "retinanet on resnet10t" in card.text and "train_det.py --eval-only --initial-checkpoint" in card.text
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 import yaml
 from diffusers import DDIMPipeline, DDPMPipeline
 from helpers import call_script, read_rows, read_summary, start_script, timeless, watching_forwards
+from huggingface_hub import ModelCard
 from PIL import Image
 
 import train_diffusion
@@ -26,6 +27,7 @@ from w2s.diffusion.exports import export_denoiser, load_denoiser
 from w2s.diffusion.frechet import feature_statistics
 from w2s.engine.errors import InputError, NonFiniteLoss, Preempted
 from w2s.engine.optim import build_optimizer
+from w2s.engine.sharing import share_folder
 
 # 4 updates an epoch
 SMALL = (
@@ -127,6 +129,15 @@ def test_baseline_exports_are_pipelines_with_the_moving_average(baseline):
     assert all(torch.equal(ema[name], tensor) for name, tensor in exported.items())
     raw = load_file(checkpoint / "model.safetensors")
     assert any(not torch.equal(raw[name], tensor) for name, tensor in exported.items())
+
+
+def test_a_shared_run_is_a_pipeline(baseline, tmp_path):
+    folder = share_folder(shutil.copytree(baseline[0], tmp_path / "run"))
+    state = DDPMPipeline.from_pretrained(folder).unet.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in load_denoiser(str(folder))[0].state_dict().items())
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.eval_results[0].metric_name) == ("diffusers", LABEL)
+    assert 'DDPMPipeline.from_pretrained("FOLDER")' in card.text and "lower is better" in card.text
 
 
 def test_samples_are_a_picture_of_twelve(baseline):
@@ -338,6 +349,9 @@ def test_vit_student_with_classes_on_uncached_enlarged_images(run, tmp_path):
     model, process, _ = load_denoiser(str(folder))
     assert isinstance(model, ViT) and model.signature == (16, 1, 10) and process.config.num_train_timesteps == 1000
     assert read_summary(folder)["data"]["report"] == 597
+    shared = share_folder(folder)
+    assert load_denoiser(str(shared))[0].signature == model.signature
+    assert "w2s.diffusion.exports import load_denoiser" in (shared / "README.md").read_text()
     assert b"samples" in b"".join(path.read_bytes() for path in folder.rglob("events.out*"))
 
 

@@ -1,12 +1,17 @@
-"""Trackers before a run begins. What they are told is tested with the scripts."""
+"""Trackers before a run begins, and trackio; what TensorBoard and W&B are told is tested with the scripts."""
 
+import contextlib
+import signal
+import sqlite3
 from pathlib import Path
 
 import pytest
 import wandb
-from helpers import refused
+from accelerate.tracking import get_available_trackers
+from helpers import DIGITS, RESNET, call_script, read_rows, refused, start_script, words
 
-from w2s.engine.trackers import check_trackers
+import train_cls
+from w2s.engine.trackers import TRACKERS, check_trackers
 
 KEY = "0123456789" * 4
 
@@ -38,7 +43,7 @@ def test_a_key_of_wandb_is_found_wherever_it_may_be_without_a_word(nobody, monke
         monkeypatch.setenv("WANDB_BASE_URL", f"http://{host}")
     if place != "WANDB_API_KEY":
         path.write_text(f"machine {host}\n  login user\n  password {KEY}\n")
-    assert check_trackers("wandb") == ["wandb"]
+    assert check_trackers(["wandb"]) == ["wandb"]
     assert capfd.readouterr() == ("", "")
 
 
@@ -46,18 +51,60 @@ def test_a_key_of_wandb_is_found_wherever_it_may_be_without_a_word(nobody, monke
 def test_without_a_key_for_its_server_wandb_is_refused(nobody, text, capfd):
     (nobody / ".netrc").write_text(text)
     with refused("no API key", "WANDB_MODE=offline"):
-        check_trackers("wandb")
+        check_trackers(["wandb"])
     assert capfd.readouterr() == ("", "")
 
 
 def test_settings_that_wandb_does_not_take_hide_no_key(nobody, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "")
     with refused("no API key"):
-        check_trackers("wandb")
+        check_trackers(["wandb"])
     (nobody / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}")
-    assert check_trackers("wandb") == ["wandb"]
+    assert check_trackers(["wandb"]) == ["wandb"]
 
 
 def test_offline_wandb_needs_no_key(nobody, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert check_trackers("wandb") == ["wandb"]
+    assert check_trackers(["wandb"]) == ["wandb"]
+
+
+def test_trackers_are_named_by_one_or_several_or_all_and_must_be_installed(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert check_trackers(None) is None
+    assert check_trackers(["tensorboard", "wandb", "tensorboard"]) == ["tensorboard", "wandb"]
+    assert {"tensorboard", "wandb"} <= set(check_trackers(["all"])) <= set(TRACKERS)
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    missing = [name for name in TRACKERS if name not in installed]
+    assert missing  # nobody has them all
+    for name in missing:
+        with refused(f"--log-with {name}: not installed; pip install {name}"):
+            check_trackers(["tensorboard", name])
+
+
+def test_trackio_gets_every_evaluation_and_goes_on_after_a_resume(tmp_path):
+    pytest.importorskip("trackio")
+    command = words(
+        DIGITS, RESNET, "--recovery-interval 3 --log-with trackio tensorboard --name run --output", tmp_path
+    )
+    env = {"TRACKIO_DIR": tmp_path / "trackio"}
+    process = start_script("train_cls", tmp_path / "log", command, "--evals-per-epoch 2", env=env)
+    folder = tmp_path / "run"
+    assert process.wait_for((folder / "checkpoints" / "update-00000003").exists), process.text
+    process.kill(signal.SIGTERM)
+    assert process.wait() == [75], process.text
+    process = start_script("train_cls", tmp_path / "log", command, "--resume auto", env=env)
+    assert process.wait() == [0], process.text
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "w2s.db")) as database:
+        logged = database.execute("select run_name, step from metrics order by step").fetchall()
+    assert logged == [("run", int(row["update"])) for row in read_rows(folder)] and len(logged) == 4
+    assert list(folder.glob("tensorboard/**/events*"))
+
+
+def test_a_tracker_that_refuses_leaves_no_run_behind(tmp_path, monkeypatch):
+    def refuse(**_: object) -> None:
+        raise wandb.errors.CommError("no such server\nsomewhere")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with refused("--log-with wandb: no such server;", "WANDB_MODE=offline"):
+        call_script(train_cls.main, DIGITS, RESNET, "--log-with wandb --name run --output", tmp_path)
+    assert list(tmp_path.iterdir()) == []

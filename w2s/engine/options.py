@@ -17,6 +17,7 @@ from w2s.engine.parsing import (
     positive_int,
     share,
 )
+from w2s.engine.trackers import TRACKERS
 
 
 def add_run_options(parser: Parser) -> None:
@@ -40,7 +41,14 @@ def add_run_options(parser: Parser) -> None:
         help="save every N updates, too; 0: only after evaluations",
     )
     group.add_argument("--log-interval", type=positive_int, default=50, metavar="N", help="updates between log lines")
-    group.add_argument("--log-with", choices=["wandb", "tensorboard", "all"], help="trackers beside metrics.csv")
+    group.add_argument(
+        "--log-with",
+        nargs="+",
+        choices=[*TRACKERS, "all"],
+        metavar="NAME",
+        help=f"trackers: {', '.join(TRACKERS)}; all",
+    )
+    group.add_argument("--push-to-hub", metavar="NAME", help="share the finished run there, with a model card")
     group.add_argument("--project", metavar="NAME", default="w2s", help="tracker project")
     group.add_argument("--group", metavar="NAME", help="W&B group, one for all arms (default: task, data and model)")
 

@@ -25,6 +25,7 @@ from w2s.crossing import Clock
 from w2s.engine.checkpoint import load_checkpoint, locate, plain, save_checkpoint
 from w2s.engine.errors import NonFiniteLoss
 from w2s.engine.randomness import mix_seed
+from w2s.engine.sharing import check_hub, push_at_the_end
 from w2s.engine.trackers import check_trackers, close_trackers, default_group, start_trackers
 from w2s.record import RunRecord, replacing
 
@@ -45,8 +46,8 @@ class Run:
         record: rows and summary, once the run is open.
 
     Raises:
-        InputError: the folder cannot be written or holds something else, there is nothing to resume, or a tracker is
-            missing.
+        InputError: the folder cannot be written or holds something else, there is nothing to resume, a tracker is
+            missing, or the hub refuses --push-to-hub.
         Finished: --resume of a complete run.
     """
 
@@ -84,6 +85,8 @@ class Run:
             self.checkpoint, self.state, self.options = locate(
                 self.folder, options=self.options, resume=args.resume, launch=self.launch, log=self.log
             )
+            if args.push_to_hub:
+                check_hub(args.push_to_hub, option="--push-to-hub")
 
     def open(self, *, metric: str, mode: str, targets: list[float], reported: tuple[str, ...], facts: dict) -> None:
         """Create the folder, write args.yaml, and start the log, the trackers, the signal handlers and the record.
@@ -112,6 +115,7 @@ class Run:
                 task=self.task,
                 name=self.name,
                 run_id=self.tracker_id,
+                resumed=self.state is not None,
                 folder=self.folder,
                 options=self.options,
             )
@@ -250,11 +254,13 @@ class Run:
         self.log(f"resumed from {self.checkpoint}")
 
     def finish(self, status: str) -> None:
-        """Write the final status, and close the trackers and the log."""
+        """Write the final status, close the trackers, share the run if that is asked for, and close the log."""
         self.record.write_summary(status=status)
         Run.opened = None
         facts = {"status": status, "metric": self.record.metric, "mode": self.record.mode}
         close_trackers(self.accelerator, self.record.tracker_summary() | facts)
+        if status == "finished" and self.options["push_to_hub"] and self.keeps and self.is_main:
+            self.log(push_at_the_end(self.folder, self.options["push_to_hub"]))
         if self._log_file:
             self._log_file.close()
             self._log_file = None

@@ -1,28 +1,39 @@
-"""Trackers (W&B, TensorBoard) beside metrics.csv: checked before a run begins, started, and closed with its summary."""
+"""Trackers beside metrics.csv, those of Accelerate: checked before a run begins, started, and closed with its summary.
 
-import importlib.util
+W&B gets more than the others: the axes of its curves, a run that goes on after a resume, and the final values.
+"""
+
 import netrc
 import os
+import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import accelerate
 import numpy as np
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 
+from w2s.engine.card import data_name
 from w2s.engine.errors import InputError, first_line
 from w2s.record import TRACKER_AXES
 
+TRACKERS = tuple(LOGGER_TYPE_TO_CLASS)
+ONE_IMAGE = ("aim", "clearml")  # whose `log_images` takes one image under a name, where the others take a batch
 
-def check_trackers(choice: str | None) -> list[str] | None:
-    """The names that `--log-with` means, as Accelerate knows them.
+
+def check_trackers(choice: list[str] | None) -> list[str] | None:
+    """The names that `--log-with` means, as Accelerate knows them; `all` is every one that is installed.
 
     Raises:
         InputError: a package or a key is missing.
     """
-    names = ["wandb", "tensorboard"] if choice == "all" else [choice] if choice else []
+    installed = sorted(str(tracker) for tracker in get_available_trackers())
+    names = installed if "all" in (choice or ()) else list(dict.fromkeys(choice or ()))
+    if choice and not names:
+        raise InputError("--log-with all: no tracker is installed; pip install tensorboard")
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        if name not in installed:
             raise InputError(f"--log-with {name}: not installed; pip install {name}")
     online = "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun")
     if online and not _wandb_logged_in():
@@ -57,9 +68,7 @@ def _wandb_logged_in() -> bool:
 
 def default_group(options: dict, task: str) -> str:
     """What the runs of one comparison have in common: task, data and student."""
-    given = (options.get(name) for name in ("dataset", "data", "data_dir", "train_json"))
-    data = next(filter(None, given), "")
-    return "-".join(filter(None, (task, Path(data).name, Path(options["model"]).name)))[:128]
+    return "-".join(filter(None, (task, data_name(options), Path(options["model"]).name)))[:128]
 
 
 def arm_of(options: dict) -> str:
@@ -72,9 +81,16 @@ def arm_of(options: dict) -> str:
 
 
 def start_trackers(
-    accelerator: accelerate.Accelerator, *, task: str, name: str, run_id: str, folder: Path, options: dict
+    accelerator: accelerate.Accelerator,
+    *,
+    task: str,
+    name: str,
+    run_id: str,
+    resumed: bool,
+    folder: Path,
+    options: dict,
 ) -> None:
-    """Open the trackers of a run. A resumed one, known by `run_id`, goes on where it was.
+    """Open the trackers of a run. In W&B and trackio a resumed run goes on where it was.
 
     In W&B the arm is the job type; arm, task and seed are tags.
 
@@ -82,14 +98,25 @@ def start_trackers(
         InputError: a tracker refuses.
     """
     config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in options.items()}
-    arm = arm_of(options)
-    wandb_options = {"name": name, "id": run_id, "resume": "allow", "dir": str(folder), "group": options["group"]}
+    arm, group = arm_of(options), options["group"]
+    wandb_options = {"name": name, "id": run_id, "resume": "allow", "dir": str(folder), "group": group}
     wandb_options |= {"job_type": arm, "tags": [arm, task, f"seed-{options['seed']}"]}
+    own_options = {
+        "wandb": wandb_options,
+        "trackio": {"name": name, "group": group, "resume": "allow" if resumed else "never"},
+        "mlflow": {"run_name": name},
+        "clearml": {"task_name": name},
+        "swanlab": {"experiment_name": name, "logdir": str(folder / "swanlab")},
+        "dvclive": {"dir": str(folder / "dvclive"), "resume": resumed},
+    }
     try:
-        accelerator.init_trackers(options["project"], config, {"wandb": wandb_options})
-    except Exception as error:  # wandb: a wrong key, no network
-        reason = first_line(error, limit=200)
-        raise InputError(f"trackers: {reason}; WANDB_MODE=offline needs no server") from None
+        accelerator.init_trackers(options["project"], config, own_options)
+    except Exception as error:  # a wrong key, no network
+        if accelerator.is_main_process and not (folder / "metrics.csv").exists():  # no run is left that blocks the name
+            shutil.rmtree(folder, ignore_errors=True)
+        names = ", ".join(map(str, accelerator.log_with))
+        hint = "; WANDB_MODE=offline needs no server" if "wandb" in names else ""
+        raise InputError(f"--log-with {names}: {first_line(error, limit=200)}{hint}") from None
     if accelerator.is_main_process and "wandb" in [tracker.name for tracker in accelerator.trackers]:
         board = accelerator.get_tracker("wandb", unwrap=True)
         for axis in TRACKER_AXES:
@@ -98,10 +125,12 @@ def start_trackers(
 
 
 def log_picture(accelerator: accelerate.Accelerator, name: str, path: Path, update: int) -> None:
-    """Hand a picture to the trackers, under `name`; from the main process."""
+    """Hand a picture to the trackers that take one through Accelerate, under `name`; from the main process."""
     for tracker in accelerator.trackers if accelerator.is_main_process else ():
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({name: np.asarray(Image.open(path).convert("RGB"))[None]}, step=update, **layout)
+        if hasattr(tracker, "log_images"):
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: pixels if tracker.name in ONE_IMAGE else pixels[None]}, step=update, **layout)
 
 
 def close_trackers(accelerator: accelerate.Accelerator, summary: dict) -> None:

@@ -46,7 +46,7 @@ from w2s.engine.run import Run
 from w2s.engine.teaching import early_phase, kd_window, start_distillation
 from w2s.engine.training import Job
 from w2s.images.augmentation import build_criterion, build_data_config, build_mixup
-from w2s.images.data import ImageData, load_data
+from w2s.images.data import ImageData, load_data, set_config
 from w2s.images.loading import eval_loader, train_batches
 from w2s.images.models import classifier_flops, create_model, export, find_model, load_weights, pretrained_cfg
 from w2s.images.options import (
@@ -74,7 +74,7 @@ def build_parser() -> Parser:
     add_classifier_options(parser)
     add_kd_options(
         parser,
-        "a run folder, .safetensors/.pth file (with --teacher-model), timm name, hf-hub:NAME or local-dir:FOLDER",
+        "a run folder, weights file, folder of transformers, timm name, torchvision/NAME, hf-hub: or transformers:NAME",
         controls=("shuffled", "uniform", "labels", "random"),
     )
     add_optimizer_options(parser)
@@ -104,12 +104,12 @@ def resolve(args) -> dict:
     return data_config
 
 
-def build_student(args, data_config: dict, num_classes: int) -> nn.Module:
+def build_student(args, data_config: dict, data: ImageData) -> nn.Module:
     """The student, with the data config of this run as its pretrained_cfg, so that an export is complete."""
     kwargs = {**args.model_kwargs, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
     student = create_model(
         args.model,
-        num_classes,
+        data.num_classes,
         args.in_chans,
         img_size=data_config["input_size"][-1],
         small_stem=args.small_stem,
@@ -118,21 +118,19 @@ def build_student(args, data_config: dict, num_classes: int) -> nn.Module:
     )
     if start := args.initial_checkpoint:
         load_weights(student, find_model(start) / "model.safetensors" if Path(start).is_dir() else Path(start))
-    student.pretrained_cfg = {
-        **{k: v for k, v in student.pretrained_cfg.items() if not k.startswith("test_")},
-        **{k: data_config[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct")},
-    }
+    set_config(student, data_config, data.classes)
     return student
 
 
-def build_teacher(args, run: Run, data_config: dict, num_classes: int) -> ImageTeacher:
+def build_teacher(args, run: Run, data_config: dict, data: ImageData) -> ImageTeacher:
     """The frozen teacher, fitted to the student's batches."""
     return build_image_teacher(
         args.teacher,
         model_name=args.teacher_model,
         model_kwargs=args.teacher_kwargs,
-        num_classes=num_classes,
+        classes=data.classes,
         data_config=data_config,
+        map_file=args.teacher_classes,
         channels_last=args.channels_last,
         **run.placement,
     )
@@ -188,7 +186,7 @@ def train(args, job: Job, stop: int, batches: Iterator, criterion: nn.Module, mi
                 kd_loss = task_loss.new_zeros(())
                 loss = task_loss
                 if kd.weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), teacher and student on the same pixels
-                    kd_loss = kl_softmax(logits, kd.teach(images, targets=targets), kd.temperature)
+                    kd_loss = kl_softmax(logits, kd.teach(images, targets=targets), kd.temperature, kd.teacher.known)
                     loss = task_loss + kd.weight * kd_loss
                 job.run.accelerator.backward(loss / accum)
             losses += torch.stack([loss, task_loss, kd_loss]).detach() / accum
@@ -236,8 +234,8 @@ def flops_of(args, data_config: dict, student: nn.Module, kd: Distillation, batc
     student_update = classifier_flops(student, data_config["input_size"], batch=batch, train=True)
     teacher_forward = 0
     if kd.needs_forward:
-        image_shape = (args.in_chans, *kd.teacher.size)
-        teacher_forward = classifier_flops(kd.teacher.model, image_shape, batch=batch, train=False)
+        shape = (args.in_chans, *kd.teacher.size)
+        teacher_forward = classifier_flops(kd.teacher.model, shape, batch=batch, train=False)
     return {"student_update": student_update, "teacher_forward": teacher_forward}
 
 
@@ -278,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(args, data_config, run.accelerator, cache=run.options["cache"])
     run.settle(cache=data.cache)
     run.seed_all()
-    student = build_student(args, data_config, data.num_classes).to(run.device)
+    student = build_student(args, data_config, data).to(run.device)
     if args.eval_only:
         evaluate_only(args, run, student, data)
         return
@@ -296,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         run,
         plan,
         phase=phase,
-        load=lambda: build_teacher(args, run, data_config, data.num_classes),
+        load=lambda: build_teacher(args, run, data_config, data),
         evaluate=lambda teacher, split: validate(args, run, teacher, split)["top1"],
         report=data.report,
         switch=data.switch,

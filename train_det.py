@@ -54,7 +54,7 @@ from w2s.detection.options import (
     open_training_data,
     reference_warmup,
 )
-from w2s.detection.teacher import DetectorTeacher, load_detector_teacher
+from w2s.detection.teacher import DetectorTeacher, build_detector_teacher
 from w2s.detection.terms import distillation_terms
 from w2s.distillation import Distillation
 from w2s.engine.main import call_main
@@ -80,9 +80,7 @@ def build_parser() -> Parser:
     add_run_options(parser)
     add_detection_data_options(parser)
     add_detector_options(parser)
-    add_kd_options(
-        parser, "a run folder, exported folder, or .safetensors/.pth file with its backbone as --teacher-model"
-    )
+    add_kd_options(parser, "a run folder, a weights file with its backbone as --teacher-model, or torchvision/NAME")
     add_detection_optimizer_options(parser)
     add_detection_training_options(parser)
     add_detection_augmentation_options(parser)
@@ -126,10 +124,15 @@ def build_student(args, config: DetectorConfig, classes: list[str]) -> nn.Module
 
 def build_teacher(args, run: Run, student: nn.Module) -> DetectorTeacher:
     """The frozen teacher, in line with the student anchor by anchor."""
-    model, source = load_detector_teacher(
-        args.teacher, backbone=args.teacher_model, model_kwargs=args.teacher_kwargs, student=student.config
+    return build_detector_teacher(
+        args.teacher,
+        backbone=args.teacher_model,
+        model_kwargs=args.teacher_kwargs,
+        student=student,
+        map_file=args.teacher_classes,
+        channels_last=args.channels_last,
+        **run.placement,
     )
-    return DetectorTeacher(model, source=source, student=student, channels_last=args.channels_last, **run.placement)
 
 
 def build_job(
@@ -174,7 +177,7 @@ def train(args, job: Job, stop: int, batches: Iterator) -> None:
                 loss, kd_loss = task_loss, torch.zeros_like(task_loss)
                 kd_terms = dict.fromkeys(term_names, kd_loss)
                 if kd.weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), on the batch as the student resized it
-                    kd_terms = distillation_terms(view, kd.teach(view), kd.temperature)
+                    kd_terms = distillation_terms(view, kd.teach(view), kd.temperature, kd.teacher.known)
                     kd_loss = sum(kd_terms.values())
                     loss = task_loss + kd.weight * kd_loss
                 accelerator.backward(loss / micro_batches)

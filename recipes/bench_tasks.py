@@ -133,10 +133,10 @@ class Classification(Task):
         return image_loading.train_batches(self.data.train, self.run.accelerator, **self.loader_options())
 
     def build_student(self) -> nn.Module:
-        return train_cls.build_student(self.args, self.data_config, self.data.num_classes)
+        return train_cls.build_student(self.args, self.data_config, self.data)
 
     def build_teacher(self, student: nn.Module) -> Teacher:
-        return train_cls.build_teacher(self.args, self.run, self.data_config, self.data.num_classes)
+        return train_cls.build_teacher(self.args, self.run, self.data_config, self.data)
 
     def build_optimizer(self, student: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
         return build_optimizer(

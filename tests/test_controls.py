@@ -108,6 +108,18 @@ def test_labels_have_the_teachers_confidence_and_none_of_its_opinions(teacher, t
     torch.testing.assert_close(torch.softmax(mixed / temperature, -1), (wanted + wanted.flip(0)) / 2)
 
 
+def test_labels_of_a_teacher_that_knows_some_classes_are_those_of_a_model_of_these_alone():
+    known = torch.tensor([1, 3, 4, 5])
+    own = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)) * 4
+    wide = torch.full((6, 10), -torch.inf).index_copy(1, known, own)
+    targets = torch.tensor([3, 1, 4, 1, 5, 9])  # the last one is of no class that the teacher knows
+    alone, mapped = (Teacher(Fixed(rows), name="fixed", source="nowhere", device="cpu") for rows in (own, wide))
+    given = outputs(control("labels"), mapped, targets=targets)[:, known].softmax(-1)
+    expected = outputs(control("labels"), alone, targets=torch.tensor([1, 0, 2, 0, 3, 0])).softmax(-1)
+    torch.testing.assert_close(given[:5], expected[:5])
+    torch.testing.assert_close(given[5], torch.full((4,), 0.25))
+
+
 def test_labels_of_a_teacher_that_is_quite_sure_keep_the_loss_finite(teacher):
     teacher.model.logits = torch.eye(10)[TARGETS] * 1e4
     softened = outputs(control("labels"), teacher, temperature=1.0)

@@ -48,6 +48,23 @@ def test_kl_softmax_is_kldivloss_times_squared_temperature(shape, temperature, l
     torch.testing.assert_close(kl_softmax(student, teacher, temperature).double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("shape", [(8, 10), (2, 3, 7)])
+def test_kl_softmax_of_shared_classes_is_kldivloss_of_their_columns(shape, temperature):
+    student, teacher = logits(*shape)
+    shared = torch.tensor([5, 0, 3])
+    teacher[..., [1, 2, 4]] = -math.inf  # classes that the teacher does not know
+    columns = student.detach()[..., shared].double().reshape(-1, 3)
+    targets = teacher[..., shared].double().reshape(-1, 3)
+    reference = torch.nn.KLDivLoss(reduction="batchmean", log_target=True)
+    expected = reference((columns / temperature).log_softmax(-1), (targets / temperature).log_softmax(-1))
+    loss = kl_softmax(student, teacher, temperature, shared)
+    torch.testing.assert_close(loss.detach().double(), expected * temperature**2, rtol=1e-4, atol=1e-6)
+    loss.backward()
+    others = [label for label in range(shape[-1]) if label not in shared]
+    assert (student.grad[..., others] == 0).all() and (student.grad[..., shared] != 0).any()
+
+
 def test_kl_softmax_takes_a_single_vector_of_logits():
     student, teacher = logits(5)
     torch.testing.assert_close(kl_softmax(student, teacher, 2.0), kl_softmax(student[None], teacher[None], 2.0))

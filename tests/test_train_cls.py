@@ -35,6 +35,7 @@ from helpers import (
     image_folder,
     read_rows,
     read_summary,
+    refused,
     run_script,
     start_script,
     timeless,
@@ -308,6 +309,54 @@ def test_the_teachers_scores_are_those_of_its_export(treated, tiny_teacher):
     logits = timm_logits(tiny_teacher / "model", [held_out.dataset[i][0] for i in held_out.rows])
     hits = logits.argmax(1).numpy() == held_out.dataset.targets[held_out.rows]
     assert facts["switch"] == pytest.approx(100 * hits.mean())
+
+
+def test_an_image_classifier_of_transformers_teaches_the_classes_it_knows(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    names = ["7", "2", "5", "eleven", "0"]
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=8,
+        patch_size=4,
+        id2label=dict(enumerate(names)),
+    )
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "vit")
+    size = {"height": 8, "width": 8}
+    processor = transformers.ViTImageProcessor(size=size, image_mean=[0.4] * 3, image_std=[0.3] * 3)
+    processor.save_pretrained(tmp_path / "vit")
+    options = (PHASE, "--kd-patience 99 --epochs 1 --img-size 8 --kd-warmup 0 --teacher", tmp_path / "vit")
+    with refused("only 4 of their names agree", "--teacher-classes"):
+        run(tmp_path, "refused", *options)
+    (tmp_path / "map.txt").write_text("0\n-\n2\n-\n-\n5\n-\n7\n-\n-\n")
+    folder = run(tmp_path, "taught", *options, "--teacher-classes", tmp_path / "map.txt")
+    digits = Digits("test")
+    student = timm.create_model(f"local-dir:{folder / 'model'}")
+    transform = create_transform(**resolve_model_data_config(student), is_training=False)
+    pixels = torch.stack([transform(image.convert("RGB")) for image, _ in digits]) / 2 + 0.5
+    with torch.no_grad():
+        logits = model((pixels - 0.4) / 0.3).logits[:, [4, 1, 2, 0]]  # 0, 2, 5, 7
+    hits = torch.tensor([0, 2, 5, 7])[logits.argmax(1)].numpy() == digits.targets
+    facts, rows = read_summary(folder)["teacher"], read_rows(folder)
+    assert facts["report"] == pytest.approx(100 * hits.sum() / 597)  # over all images, also those of other classes
+    assert facts["model"] == "vit" and facts["checkpoint"] == str(tmp_path / "vit")
+    assert "the teacher knows 4 of the 10 classes" in (folder / "log.txt").read_text()
+    assert 0 < float(rows[-1]["kd_loss"]) < math.inf
+
+
+def test_a_run_teaches_data_of_some_of_its_classes(tiny_teacher, tmp_path):
+    assert timm.create_model(f"local-dir:{tiny_teacher / 'model'}").pretrained_cfg["label_names"] == list("0123456789")
+    data = tmp_path / "data"
+    image_folder(data)
+    for split in ("train", "val"):
+        (data / split / "class0").rename(data / split / "7")
+        (data / split / "class1").rename(data / split / "3")
+    call_script(train_cls.main, FOLDER, data, RESNET, "--teacher", tiny_teacher, "--name some --output", tmp_path)
+    assert "the teacher knows 2 of the 2 classes, matched by name" in (tmp_path / "some" / "log.txt").read_text()
 
 
 def test_the_teacher_is_in_no_file_of_the_student(treated, baseline):

@@ -443,17 +443,40 @@ def test_the_built_in_digits_stay_where_a_run_begins_and_not_where_it_is_refused
     assert json.loads(train.read_text())["info"] == small
 
 
-def test_a_teacher_of_other_classes_is_refused(digits_det, teacher, tmp_path):
+def other_classes(digits_det, teacher, tmp_path) -> list:
+    """Options of a run whose data and teacher differ in the name of a class; alone they are refused."""
     folder = tmp_path / "data"
     (folder / "annotations").mkdir(parents=True)
     for part in ("train", "val"):
         (folder / f"{part}2017").symlink_to(digits_det / f"{part}2017")
         name = f"instances_{part}2017.json"
         truth = json.loads((digits_det / "annotations" / name).read_text())
-        truth["categories"][3]["name"] = "drei"
+        truth["categories"][1]["name"] = "eins"
         (folder / "annotations" / name).write_text(json.dumps(truth))
-    with pytest.raises(InputError, match="its class '3' is 'drei' in the data"):
-        call_script(train_det.main, DETECT, "--data", folder, "--teacher", teacher, "--output", tmp_path / "out")
+    options = [
+        DETECT,
+        TAUGHT,
+        "--epochs 1 --kd-decay 0 --data",
+        folder,
+        "--teacher",
+        teacher,
+        "--output",
+        tmp_path / "out",
+    ]
+    with pytest.raises(InputError, match=r"of their names agree.*--teacher-classes"):
+        call_script(train_det.main, *options)
+    return options
+
+
+def test_a_file_of_classes_lets_it_teach_those_that_are_shared(digits_det, teacher, tmp_path):
+    options = other_classes(digits_det, teacher, tmp_path)
+    others = [name for name in load_detector(str(teacher))[0].config.classes if name != "1"]
+    (tmp_path / "map.json").write_text(json.dumps({name: name for name in others}))
+    call_script(train_det.main, *options, "--name run --teacher-classes", tmp_path / "map.json")
+    folder = tmp_path / "out" / "run"
+    assert f"knows {len(others)} of the {len(others) + 1} classes" in (folder / "log.txt").read_text()
+    losses = [float(row[column]) for row in read_rows(folder) for column in ("kd_cls", "kd_box") if row[column]]
+    assert losses and all(0 < loss < float("inf") for loss in losses)
 
 
 def test_args_yaml_is_a_recipe(baseline, digits_det):

@@ -64,10 +64,13 @@ def cyclic_permutation(count: int, seed: int) -> Tensor:
 
 
 def _softened_labels(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Logits whose softmax at T gives the label the teacher's mean confidence at T and shares the rest out evenly."""
-    classes = logits.shape[-1]
+    """Logits whose softmax at T gives the label the teacher's mean confidence at T and shares the rest out evenly.
+
+    Classes that the teacher does not know have logits of -inf and no part in it.
+    """
+    classes = (logits > -torch.inf).sum(-1, keepdim=True)
     confidence = (logits / temperature).softmax(-1).amax(-1).mean()
-    labels = (F.one_hot(targets, classes) if targets.ndim == 1 else targets).float()
+    labels = (F.one_hot(targets, logits.shape[-1]) if targets.ndim == 1 else targets).float()
     weight = (confidence * classes - 1) / (classes - 1)
     probabilities = weight * labels + (1 - weight) / classes
     return temperature * probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()

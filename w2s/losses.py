@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def kl_softmax(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def kl_softmax(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, classes: Tensor | None = None
+) -> Tensor:
     """`T^2 * KL(softmax(z_t / T) || softmax(z_s / T))`, the mean over all but the last dimension.
 
     Args:
         student_logits: (..., classes), any float type.
         teacher_logits: the same shape; detached here.
         temperature: T > 0, softens both distributions.
+        classes: labels (n,) of the classes that both sides know. Both distributions are then renormalised over these,
+            and the other logits have no part in the term: how much probability they get is left to the student.
 
     Returns:
         A float32 scalar, 0 when both sides agree. Its gradient with respect to `student_logits` is
@@ -26,6 +30,8 @@ def kl_softmax(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
         ValueError: the shapes differ or T is not positive.
     """
     _check(student_logits, teacher_logits, temperature)
+    if classes is not None:
+        student_logits, teacher_logits = student_logits[..., classes], teacher_logits[..., classes]
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
     distributions = max(student.shape[:-1].numel(), 1)  # an empty batch gives 0, not 0 / 0

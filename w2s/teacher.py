@@ -28,6 +28,7 @@ class Teacher:
     """
 
     TIMING_INTERVAL = 10  # one call in so many is timed
+    note: str | None = None  # what the first lines of a run say of it beside its score
 
     def __init__(
         self,

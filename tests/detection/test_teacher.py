@@ -2,15 +2,18 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
 from detection.detectors import KINDS, batch, student_and_teacher, tiny
 
 from w2s.controls import cyclic_permutation
-from w2s.detection.models import build_detector, export_detector
-from w2s.detection.teacher import DetectorTeacher, check_lined_up, load_detector_teacher
+from w2s.detection.models import build_detector
+from w2s.detection.options import add_detector_options
+from w2s.detection.teacher import DetectorTeacher, check_lined_up
 from w2s.engine.errors import InputError
+from w2s.engine.parsing import Parser
 
 
 @KINDS
@@ -91,36 +94,20 @@ def test_backbone_width_norm_and_size_may_differ():
     check_lined_up(tiny(), other, "old_run")
 
 
-def test_a_teacher_is_a_folder_or_a_weights_file_with_its_backbone(tmp_path):
-    model = build_detector(tiny(backbone="resnet14t"))
-    export_detector(model, tmp_path / "old" / "model")
-    kwargs = model.config.model_kwargs
-    for spec, backbone, given in (("old", None, {}), ("old/model/model.safetensors", "resnet14t", kwargs)):
-        student = tiny(backbone="convnext_atto", trainable_layers=0)  # which says nothing of the teacher's stages
-        loaded, source = load_detector_teacher(
-            str(tmp_path / spec), backbone=backbone, model_kwargs=given, student=student
-        )
-        assert loaded.config.trainable_layers is None
-        assert source.startswith(str(tmp_path / "old"))
-        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    for norm in ("gn", "bn", "frozen_bn"):  # a weights file says itself how wide its pyramid is, and how normalised
-        other = build_detector(tiny(norm=norm, fpn_channels=24))
-        torch.save(other.state_dict(), tmp_path / f"{norm}.pth")
-        loaded, _ = load_detector_teacher(
-            str(tmp_path / f"{norm}.pth"), backbone="resnet10t", model_kwargs=kwargs, student=tiny()
-        )
-        assert (loaded.config.norm, loaded.config.fpn_channels) == (norm, 24)
-        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), other.parameters(), strict=True))
-    for spec, backbone, message in (
-        ("old/model/model.safetensors", None, "name its timm backbone"),
-        ("old/model/model.safetensors", "resnet10t", "another architecture|does not fit"),
-        ("old", "resnet14t", "go with a weights file"),
-        ("new", None, "no such run folder or file"),
-    ):
-        with pytest.raises(InputError, match=message):
-            load_detector_teacher(
-                str(tmp_path / spec), backbone=backbone, model_kwargs=kwargs if backbone else {}, student=tiny()
-            )
+@pytest.mark.parametrize("change", [{"strides": [8, 16]}, {"anchor_scale": 2.0, "extra_levels": 0}])
+def test_the_message_names_the_options_of_a_student_that_fits(change):
+    teacher = dataclasses.replace(tiny(), **change)
+    with pytest.raises(InputError, match=r"a student of .* fits") as caught:
+        check_lined_up(tiny(), teacher, "old_run")
+    named = re.search("a student of (.*) fits", str(caught.value))[1].split()
+    parser = Parser("")
+    add_detector_options(parser)
+    args = parser.parse_args(named)
+    fitting = dataclasses.replace(
+        tiny(), strides=args.strides, extra_levels=args.extra_levels, anchor_scale=args.anchor_scale
+    )
+    assert args.detector == "retinanet"
+    check_lined_up(fitting, teacher, "old_run")
 
 
 # ---- --kd-control shuffled ----

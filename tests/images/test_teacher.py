@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from train_cls import build_parser, build_teacher, resolve
+from w2s.images.classes import Classes
 from w2s.images.models import create_model, export
-from w2s.images.teacher import ImageTeacher, load_teacher, renormalisation
+from w2s.images.teacher import ImageTeacher, renormalisation
+from w2s.images.teacher_models import load_teacher
 
 TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}  # of a resnet10t
 TINY_VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -58,9 +60,14 @@ def image_teacher(model: nn.Module, mean=(0.5,) * 3, std=(0.5,) * 3, **options: 
 # --- finding one -----------------------------------------------------------------------------------------------------
 
 
-def load(spec: object, name: str | None = None, kwargs: dict | None = None, classes=10, channels=3, size=32):
+def load(
+    spec: object, name: str | None = None, kwargs: dict | None = None, classes=10, channels=3, size=32, map_file=None
+):
     config = {"input_size": (channels, size, size), "mean": (0.5,) * channels, "std": (0.5,) * channels}
-    return load_teacher(str(spec), model_name=name, model_kwargs=kwargs or {}, num_classes=classes, data_config=config)
+    options = {"model_name": name, "model_kwargs": kwargs or {}, "map_file": map_file}
+    classes = classes if isinstance(classes, Classes) else Classes(classes)
+    model, source, _ = load_teacher(str(spec), classes=classes, data_config=config, **options)
+    return model, source
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +184,9 @@ def test_a_bare_weights_file_is_given_the_students_pixels_as_they_are(tmp_path, 
     args = build_parser().parse_recipe(words.split())
     args.teacher_kwargs = kwargs
     config, images = resolve(args), normalised(pixels(), (0.5,) * 3, (0.5,) * 3)
-    teacher = build_teacher(args, SimpleNamespace(placement={"device": "cpu"}), config, num_classes=10)
+    teacher = build_teacher(
+        args, SimpleNamespace(placement={"device": "cpu"}), config, SimpleNamespace(classes=Classes(10))
+    )
     # the script's default memory format is another than the model's: the same sums in another order
     torch.testing.assert_close(teacher(images), logits(model, images), atol=1e-5, rtol=1e-5)
     assert teacher.same_range and teacher.size == (32, 32)

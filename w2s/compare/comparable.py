@@ -35,7 +35,7 @@ def _distillation_settings(run: RunFolder) -> dict:
 
     The teacher is known by the name of its folder, since folders may have been moved.
     """
-    settings = {name: value for name, value in run.options.items() if name.startswith("kd_")}
+    settings = {name: value for name, value in run.options.items() if name.startswith(("kd_", "teacher_classes"))}
     teacher, folder = run.summary["teacher"] or {}, teacher_folder(run)
     settings["teacher model"] = teacher.get("model")
     settings["teacher params"] = teacher.get("params")

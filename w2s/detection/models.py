@@ -28,6 +28,8 @@ from w2s.engine.errors import InputError, on_one_line
 from w2s.engine.files import replacing_folder
 from w2s.images.models import find_model, load_weights, pretrained_cfg
 
+ASPECT_RATIOS = (0.5, 1.0, 2.0)  # of anchors, height over width
+
 
 class StudentView(NamedTuple):
     """What the student made of a batch in training: all that a teacher and the distillation terms need of it.
@@ -44,7 +46,7 @@ class StudentView(NamedTuple):
     proposals: list[Tensor] | None
 
 
-class _Float32Anchors(AnchorGenerator):
+class Float32Anchors(AnchorGenerator):
     """Anchors in float32: torchvision's take the type of the features, and bfloat16 rounds 601 to a multiple of 4."""
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -163,7 +165,7 @@ def build_detector(config: DetectorConfig, pretrained: bool = False) -> RetinaNe
     )
     check_detector_kwargs(config)
     sizes = config.anchors()
-    anchors = _Float32Anchors(sizes, aspect_ratios=((0.5, 1.0, 2.0),) * len(sizes))
+    anchors = Float32Anchors(sizes, aspect_ratios=(ASPECT_RATIOS,) * len(sizes))
     options = {
         "min_size": config.min_size,
         "max_size": config.max_size,
@@ -239,11 +241,12 @@ def read_config(folder: Path) -> DetectorConfig:
         raise InputError(f"{folder} holds no exported detector: {on_one_line(error, limit=200)}") from None
 
 
-def load_detector(path: str, **config_changes: object) -> tuple[RetinaNet | FasterRCNN, Path]:
+def load_detector(path: str, trained: bool = True, **config_changes: object) -> tuple[RetinaNet | FasterRCNN, Path]:
     """The detector of a run folder or an exported folder, with its weights, and the folder where it was found.
 
     Args:
         path: of the folder.
+        trained: whether to load the weights. Without it the detector has random ones.
         config_changes: values to replace in its config, such as min_size.
 
     Raises:
@@ -251,7 +254,8 @@ def load_detector(path: str, **config_changes: object) -> tuple[RetinaNet | Fast
     """
     folder = find_model(path)
     model = build_detector(dataclasses.replace(read_config(folder), **config_changes))
-    load_weights(model, folder / "model.safetensors")
+    if trained:
+        load_weights(model, folder / "model.safetensors")
     return model, folder
 
 

@@ -2,18 +2,17 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from w2s.detection.config import DetectorConfig
-from w2s.detection.models import FasterRCNN, RetinaNet, StudentView, build_detector, load_detector, prepare_layout
+from w2s.detection.models import FasterRCNN, RetinaNet, StudentView, build_detector, prepare_layout
+from w2s.detection.teacher_models import load_detector_teacher
 from w2s.engine.errors import InputError
-from w2s.images.models import WEIGHT_FILES, load_weights, read_weights
+from w2s.images.classes import ClassMap
 from w2s.images.teacher import renormalisation
 from w2s.teacher import Teacher
 
@@ -31,6 +30,11 @@ class DetectorTeacher(Teacher):
         model: the detector with its weights.
         source, device, autocast, channels_last: see `Teacher`.
         student: the detector that it teaches.
+        rebuild: see `Teacher`; by default from the model's config.
+        class_map: which of its own classes stand for the student's; None where they are the same.
+
+    Attributes:
+        known: the student's classes (n,), from 0 up, that it knows, for the terms; None where it knows them all.
 
     Raises:
         InputError: its heads are not those of the student, see `check_lined_up`.
@@ -45,6 +49,8 @@ class DetectorTeacher(Teacher):
         student: RetinaNet | FasterRCNN,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         channels_last: bool = False,
+        rebuild: Callable[[], nn.Module] | None = None,
+        class_map: ClassMap | None = None,
     ) -> None:
         check_lined_up(student.config, model.config, source)
         super().__init__(
@@ -54,7 +60,7 @@ class DetectorTeacher(Teacher):
             device=device,
             autocast=autocast,
             channels_last=channels_last,
-            rebuild=partial(build_detector, model.config),
+            rebuild=rebuild or partial(build_detector, model.config),
         )
         # it is scored as the student is: on images of the student's size, which it also gets in training, and with the
         # student's thresholds
@@ -72,6 +78,10 @@ class DetectorTeacher(Teacher):
         self.same_normalisation = bool((scale == 1).all()) and bool((shift == 0).all())
         self.scale = scale.view(-1, 1, 1).to(self.device)
         self.shift = shift.view(-1, 1, 1).to(self.device)
+        self.known = None
+        if class_map and len(class_map.known) < len(class_map.columns):
+            self.known = torch.tensor(class_map.known, device=self.device)
+        self.note = class_map.describe() if class_map else None
 
     def forward(self, batch: StudentView | list[Tensor]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Head outputs for a batch as the student resized and padded it, or detections for a list of images."""
@@ -107,52 +117,42 @@ def _post_processing(model: RetinaNet | FasterRCNN) -> list[nn.Module]:
     return [model] if isinstance(model, RetinaNet) else [model.rpn, model.roi_heads]
 
 
-def load_detector_teacher(
-    spec: str, *, backbone: str | None, model_kwargs: dict, student: DetectorConfig
-) -> tuple[RetinaNet | FasterRCNN, str]:
-    """The detector that `--teacher` means, and where it comes from.
+def build_detector_teacher(
+    spec: str,
+    *,
+    backbone: str | None,
+    model_kwargs: dict,
+    student: RetinaNet | FasterRCNN,
+    map_file: str | None = None,
+    **options: object,
+) -> DetectorTeacher:
+    """The frozen teacher that `--teacher` means, in line with the student.
 
     Args:
-        spec: a run folder or another exported folder, or a weights file of the student's kind of detector.
-        backbone: with a weights file, timm's name of its backbone.
-        model_kwargs: with a weights file, further arguments of its backbone.
-        student: the student's config, which a weights file shares except for its backbone, pyramid width and norm.
+        spec, backbone, model_kwargs, map_file: see `load_detector_teacher`.
+        student: the detector that it teaches.
+        options: device, autocast and channels_last, see `Teacher`.
 
     Raises:
-        InputError: there is nothing of that kind, or it cannot be read.
+        InputError: see `load_detector_teacher` and `check_lined_up`.
     """
-    path = Path(spec)
-    if path.suffix in WEIGHT_FILES and not path.is_dir():
-        if not backbone:
-            raise InputError(f"--teacher {spec} is a weights file: name its timm backbone with --teacher-model")
-        # the number of stages to train is one of the student's backbone
-        config = replace(student, backbone=backbone, model_kwargs=model_kwargs, trainable_layers=None)
-        model = build_detector(replace(config, **_pyramid_options(read_weights(path))))
-        load_weights(model, path)
-        return model, spec
-    if backbone or model_kwargs:
-        raise InputError(f"--teacher-model and --teacher-kwargs go with a weights file, but --teacher {spec} is none")
-    if not path.is_dir():
-        raise InputError(f"--teacher {spec}: no such run folder or file")
-    model, folder = load_detector(spec)
-    return model, str(folder)
-
-
-def _pyramid_options(weights: dict[str, Tensor]) -> dict[str, object]:
-    """Width and norm of a detector by the names and shapes of its weights, as `DetectorConfig` has them.
-
-    Empty where they are not the weights of a detector.
-    """
-    lateral = weights.get("backbone.fpn.inner_blocks.0.0.weight")
-    if lateral is None:
-        return {}
-    if "backbone.fpn.inner_blocks.0.1.weight" in weights:
-        norm = "gn"
-    elif any(name.endswith("num_batches_tracked") for name in weights):
-        norm = "bn"
-    else:  # a frozen BatchNorm does not count batches
-        norm = "frozen_bn"
-    return {"fpn_channels": len(lateral), "norm": norm}
+    load = partial(
+        load_detector_teacher,
+        spec,
+        backbone=backbone,
+        model_kwargs=model_kwargs,
+        student=student.config,
+        map_file=map_file,
+    )
+    model, source, class_map = load()
+    return DetectorTeacher(
+        model,
+        source=source,
+        student=student,
+        rebuild=lambda: load(trained=False)[0],
+        class_map=class_map,
+        **options,
+    )
 
 
 def check_lined_up(student: DetectorConfig, teacher: DetectorConfig, source: str) -> None:
@@ -175,13 +175,24 @@ def check_lined_up(student: DetectorConfig, teacher: DetectorConfig, source: str
     ):
         if of_student != of_teacher:
             raise InputError(
-                f"teacher {source} does not line up: its {what}: {of_teacher}, the student's: {of_student}"
+                f"teacher {source} does not line up: its {what}: {of_teacher}, the student's: {of_student}; a student "
+                f"of {_options(teacher)} fits"
             )
     for of_student, of_teacher in zip(student.classes, teacher.classes, strict=True):
         if of_student != of_teacher:
             raise InputError(
                 f"teacher {source} does not line up: its class '{of_teacher}' is '{of_student}' in the data"
             )
+
+
+def _options(config: DetectorConfig) -> str:
+    """The options that give a student the anchors and box deltas of a config."""
+    strides = " ".join(map(str, config.strides))
+    options = f"--detector {config.detector} --strides {strides} --extra-levels {config.extra_levels}"
+    options += f" --anchor-scale {config.anchor_scale:g}"
+    if weights := config.detector_kwargs.get("bbox_reg_weights"):
+        options += f" --detector-kwargs bbox_reg_weights={tuple(weights)}".replace(" (", "(").replace(", ", ",")
+    return options
 
 
 def _delta_weights(config: DetectorConfig) -> tuple[float, ...]:

@@ -10,25 +10,46 @@ from w2s.losses import kl_sigmoid, kl_softmax
 BETA = 1 / 9  # of smooth L1 on box deltas, as in torchvision
 
 
-def distillation_terms(student: StudentView, teacher: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
+def distillation_terms(
+    student: StudentView, teacher: dict[str, Tensor], temperature: float, known: Tensor | None = None
+) -> dict[str, Tensor]:
     """The terms of L_kd by the names of `DetectorKind.terms`. Each is 0 where teacher and student agree.
 
     Args:
         student: of a training forward.
         teacher: the teacher's `head_outputs` for it; gets no gradient.
         temperature: T; the class terms carry the factor T^2.
+        known: the student's classes (n,), from 0 up, that the teacher knows; None where it knows them all. RetinaNet's
+            term is on these classes alone; for Faster R-CNN all others count as background, on both sides.
     """
     student_outputs = dict(student.outputs)
     teacher_outputs = {name: output.detach().float() for name, output in teacher.items()}
     if "cls" in student_outputs:
+        if known is not None:
+            for outputs in (student_outputs, teacher_outputs):
+                outputs["cls"] = outputs["cls"][..., known]
         return _anchor_terms(student_outputs, teacher_outputs, temperature=temperature)
     for outputs in (student_outputs, teacher_outputs):
         for name in ("rpn_cls", "rpn_box"):  # torchvision has the anchors of all images in one dimension here
             outputs[name] = outputs[name].unflatten(0, (len(student.proposals), -1))
     return {
         **_anchor_terms(student_outputs, teacher_outputs, temperature=temperature, prefix="rpn_"),
-        **_roi_terms(student_outputs, teacher_outputs, temperature=temperature),
+        **_roi_terms(student_outputs, teacher_outputs, temperature=temperature, known=known),
     }
+
+
+def merge_background(logits: Tensor, kept: Tensor) -> Tensor:
+    """Logits (n, 1 + m) of the background and `kept` classes, where every other class counts as background.
+
+    The probabilities of classes that are merged are summed, which keeps a softmax a softmax.
+
+    Args:
+        logits: (n, classes + 1); class 0 is the background.
+        kept: labels (m,) from 1 up.
+    """
+    is_kept = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device).index_fill(0, kept, True)
+    background = logits.masked_fill(is_kept, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([background, logits[..., kept]], -1)
 
 
 def _anchor_terms(
@@ -54,7 +75,9 @@ def _anchor_terms(
     return {cls: divergence, box: (distance * weight).sum() / len(weight)}
 
 
-def _roi_terms(student: dict[str, Tensor], teacher: dict[str, Tensor], *, temperature: float) -> dict[str, Tensor]:
+def _roi_terms(
+    student: dict[str, Tensor], teacher: dict[str, Tensor], *, temperature: float, known: Tensor | None
+) -> dict[str, Tensor]:
     """Softmax KL of the classes, and smooth L1 of the deltas of the teacher's class where the teacher sees an object.
 
     Both are means over the proposals; class 0 is the background.
@@ -62,6 +85,7 @@ def _roi_terms(student: dict[str, Tensor], teacher: dict[str, Tensor], *, temper
     Args:
         student, teacher: outputs `roi_cls` (proposals, classes + 1) and `roi_box` (proposals, 4 (classes + 1)).
         temperature: T.
+        known: see `distillation_terms`.
     """
     classes = teacher["roi_cls"].argmax(-1)
     rows = torch.arange(len(classes), device=classes.device)
@@ -69,7 +93,12 @@ def _roi_terms(student: dict[str, Tensor], teacher: dict[str, Tensor], *, temper
     teacher_box = teacher["roi_box"].float().unflatten(-1, (-1, 4))[rows, classes]
     is_object = (classes > 0).float()
     distance = F.smooth_l1_loss(student_box, teacher_box, beta=BETA, reduction="none").sum(-1)
+    student_cls, teacher_cls = student["roi_cls"], teacher["roi_cls"]
+    if known is not None:
+        student_cls, teacher_cls = (
+            merge_background(logits.float(), known + 1) for logits in (student_cls, teacher_cls)
+        )
     return {
-        "roi_cls": kl_softmax(student["roi_cls"], teacher["roi_cls"], temperature),
+        "roi_cls": kl_softmax(student_cls, teacher_cls, temperature),
         "roi_box": (distance * is_object).sum() / max(len(is_object), 1),
     }

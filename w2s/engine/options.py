@@ -164,8 +164,11 @@ def add_kd_options(
     """
     group = parser.add_group_needing("teacher", "distillation (off without --teacher)")
     group.add_argument("--teacher", metavar="RUN_OR_FILE", help=teacher)
-    group.add_argument("--teacher-model", metavar="NAME", help="timm architecture of a --teacher file")
+    group.add_argument(
+        "--teacher-model", metavar="NAME", help="architecture of a --teacher file: a timm NAME or torchvision/NAME"
+    )
     group.add_argument("--teacher-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="its kwargs")
+    group.add_argument("--teacher-classes", metavar="FILE", help="says which of its classes are those of the data")
     group.add_argument(
         "--teacher-score", type=float, metavar="X", help="its known held-out metric, if it saw the switch split"
     )

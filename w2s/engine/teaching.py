@@ -162,6 +162,8 @@ def score_teacher(
         f"teacher {teacher.name} ({teacher.params / 1e6:.2f} M) from {teacher.source}: {metric} {reported:.4g} on the "
         f"reporting split; to beat: {score:.4g}, {how}{doubt}"
     )
+    if teacher.note:
+        run.log(teacher.note)
     lead = score - reported if mode == "max" else reported - score
     if known_score is None and standard_error and lead > abs(reported) / 50 + 2 * standard_error(score):
         run.log(

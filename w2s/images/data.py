@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 from accelerate import Accelerator, PartialState
+from torch import nn
 from torch.utils.data import Dataset
 
 from w2s.engine.errors import InputError
@@ -20,6 +21,7 @@ from w2s.images.augmentation import (
     eval_transform,
 )
 from w2s.images.cache import cache_device, cache_split, resolve_cache
+from w2s.images.classes import Classes
 from w2s.images.datasets import check_decodable, class_names, image_mode, open_dataset, targets_of
 from w2s.images.loading import ImageSplit
 from w2s.images.splits import stratified_split
@@ -34,7 +36,7 @@ class ImageData:
         train: None where the run only evaluates.
         switch: None where nothing is held out, or the run only evaluates.
         report: the split that is reported on.
-        num_classes: of the labels.
+        classes: of the labels, and their names where the data have names.
         samples: training images an epoch.
         cache: what `--cache` means for this run: "device", "cpu" or "none".
         sizes: of the splits, for summary.json and the first lines.
@@ -43,10 +45,15 @@ class ImageData:
     train: Dataset | None
     switch: Dataset | None
     report: Dataset
-    num_classes: int
+    classes: Classes
     samples: int
     cache: str
     sizes: dict[str, int]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return self.classes.count
 
 
 def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) -> ImageData:
@@ -100,11 +107,34 @@ def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) 
         train=None if args.eval_only else build_split(dataset, train_rows, training=True),
         switch=build_split(dataset, switch_rows) if len(switch_rows) and not args.eval_only else None,
         report=build_split(report, report_rows),
-        num_classes=num_classes,
+        classes=_named_classes(dataset, num_classes),
         samples=len(train_rows),
         cache=cache,
         sizes={"train": len(train_rows), "switch": len(switch_rows), "report": len(report_rows)},
     )
+
+
+def set_config(model: nn.Module, data_config: dict, classes: Classes) -> None:
+    """Make the images and the classes of a run the pretrained_cfg of its model, so that an export is complete.
+
+    Args:
+        model: a timm model.
+        data_config: timm's data config of the run.
+        classes: of the run's data.
+    """
+    model.pretrained_cfg = {
+        **{k: v for k, v in model.pretrained_cfg.items() if not k.startswith("test_")},
+        **{k: data_config[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct")},
+        "num_classes": classes.count,
+        "label_names": classes.namings[0] if classes.namings else None,
+    }
+
+
+def _named_classes(dataset: Dataset, count: int) -> Classes:
+    """The classes of a dataset, with their names where each label has one."""
+    names = {label: name for name, label in class_names(dataset).items()}
+    is_named = sorted(names) == list(range(count))
+    return Classes(count, (tuple(str(names[label]) for label in range(count)),) if is_named else ())
 
 
 def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, int]:
@@ -207,7 +237,7 @@ def _load_stream(args, train_transform: Callable, report_transform: Callable, *,
         train=train,
         switch=switch,
         report=report,
-        num_classes=args.num_classes,
+        classes=Classes(args.num_classes),
         samples=samples,
         cache="none",
         sizes={"train": samples, "switch": switch.total if switch is not None else 0, "report": report.total},

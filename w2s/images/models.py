@@ -6,19 +6,18 @@ Importing this module registers `small_stem` with timm. After that, an export of
 
 import copy
 import difflib
-import pickle
+import json
 from pathlib import Path
 
 import timm
 import torch
-from timm.models import load_pretrained, load_state_dict, register_model, save_for_hf
+from timm.models import load_pretrained, register_model, save_for_hf
 from torch import nn
 
 from w2s.engine.errors import InputError, first_line, last_line
 from w2s.engine.files import replacing_folder
 from w2s.engine.plan import count_flops
-
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+from w2s.images.checkpoints import read_weights
 
 
 def create_model(
@@ -133,25 +132,6 @@ def classifier_flops(model: nn.Module, image_shape: tuple[int, int, int], *, bat
     return count_flops(step) * batch // 2
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file by name; the moving average of the weights where a timm checkpoint has one.
-
-    Raises:
-        InputError: the file is missing, truncated, or holds more than tensors.
-    """
-    if not path.is_file():
-        raise InputError(f"no weights file {path}")
-    if path.stat().st_size == 0:
-        raise InputError(f"cannot read weights {path}: the file is empty")
-    try:
-        return load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # truncated zip, bad header, pickled code: torch and safetensors raise many kinds
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        if any(isinstance(e, pickle.UnpicklingError) for e in (error, error.__cause__)):
-            reason = "it holds more than tensors, or is no weights file; save the state_dict alone, as .safetensors"
-        raise InputError(f"cannot read weights {path}: {reason}") from None
-
-
 def load_weights(model: nn.Module, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Load a weights file into a model, every tensor of both exactly once.
 
@@ -195,8 +175,11 @@ def load_folder(folder: Path, trained: bool = True) -> nn.Module:
     """The model of an exported folder, with its weights or, if not `trained`, with random ones.
 
     Raises:
-        InputError: a broken config, an unknown architecture, or weights that are truncated or do not fit.
+        InputError: another kind of model, a broken config, an unknown architecture, or weights that are truncated or do
+            not fit.
     """
+    if kind := _other_kind(folder):
+        raise InputError(f"{folder} is no classifier: it holds {kind}")
     try:
         model = timm.create_model(f"local-dir:{folder}")
     except Exception as error:
@@ -204,6 +187,19 @@ def load_folder(folder: Path, trained: bool = True) -> nn.Module:
     if trained:
         load_weights(model, folder / "model.safetensors")
     return model
+
+
+def _other_kind(folder: Path) -> str | None:
+    """What an exported folder holds if it is not a classifier of timm, as far as its files show it."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(config, dict) or "architecture" in config:
+        return None
+    if "detector" in config:
+        return f"a detector ({config['detector']})"
+    return "a denoiser" if (folder / "scheduler").is_dir() else "another kind of model"
 
 
 def export(model: nn.Module, folder: Path) -> None:

@@ -30,6 +30,7 @@ from diffusers import DDPMScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from w2s.diffusion.convert import load_teacher_denoiser
 from w2s.diffusion.data import DiffusionData, load_diffusion_data
 from w2s.diffusion.denoisers import build_denoiser, denoiser_flops
 from w2s.diffusion.exports import export_denoiser, load_compatible
@@ -100,8 +101,8 @@ def resolve(args) -> None:
         raise InputError("--min-snr 0 would weight every loss by 0; give more, e.g. 5, or leave it out")
     if set(args.kd_temperature) != {1.0}:
         raise InputError("--kd-temperature: the term on epsilon has no temperature; leave it at 1")
-    if args.teacher_model or args.teacher_kwargs:
-        raise InputError("--teacher-model and --teacher-kwargs: the teacher's folder says what it is; leave them out")
+    if args.teacher_model or args.teacher_kwargs or args.teacher_classes:
+        raise InputError("--teacher-model, -kwargs and -classes: the teacher's folder says what it is; leave them out")
     if args.dry_run:
         args.sample_steps = min(args.sample_steps, 2)
 
@@ -128,8 +129,8 @@ def build_student(args, num_classes: int, process: DDPMScheduler) -> nn.Module:
 
 
 def build_teacher(args, run: Run, student: nn.Module, process: DDPMScheduler) -> DenoiserTeacher:
-    """The frozen teacher; its epsilon at x_t and t means what the student's does."""
-    model, folder = load_compatible(args.teacher, student, process, source=f"--teacher {args.teacher}")
+    """The frozen teacher; its epsilon at x_t and t means what the student's does, or is converted to that."""
+    model, folder = load_teacher_denoiser(args.teacher, student, process, source=f"--teacher {args.teacher}")
     return DenoiserTeacher(model, process=process, source=folder, channels_last=args.channels_last, **run.placement)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDIMPipeline, DDPMPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from helpers import call_script, read_rows, read_summary, start_script, timeless, watching_forwards
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -242,6 +242,26 @@ def test_student_that_surpasses_drops_the_teacher_for_good(run, teacher, tmp_pat
     assert params not in {forward.params for forward in forwards}
     assert read_summary(folder)["status"] == "finished"
     assert [row["kd_active"] for row in read_rows(folder)] == ["1", "0", "0", "0"]
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_pipeline_of_another_prediction_teaches(prediction, run, tmp_path):
+    torch.manual_seed(0)
+    plain = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    DDPMPipeline(plain, DDPMScheduler(prediction_type=prediction)).save_pretrained(tmp_path / "pipeline")
+    folder = run(tmp_path, "run", PHASE, "--kd-warmup 0 --kd-patience 99 --teacher", tmp_path / "pipeline")
+    assert f"the teacher predicts {prediction} over 1000 steps" in (folder / "log.txt").read_text()
+    row = read_rows(folder)[0]
+    assert 0 < float(row["kd_loss"]) < float("inf") and int(row["kd_active"]) == 1
+    assert 0 < read_summary(folder)["teacher"]["report"] < float("inf")
 
 
 def test_teacher_equal_to_the_student_has_nothing_to_say(run, baseline, tmp_path):
@@ -500,7 +520,6 @@ def test_bad_input_is_one_line_before_any_work(options, message, run, unmeasured
         ("--class-cond", "classes"),
         ("--betas cosine", "--betas"),
         ("--diffusion-steps 400", "--diffusion-steps"),
-        ("--prediction v", "--prediction"),
         ("--kd-warmup 9", "longer than the run"),
     ],
 )

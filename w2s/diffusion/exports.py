@@ -48,6 +48,7 @@ def load_denoiser(path: str) -> tuple[UNet | ViT, DDPMScheduler, Path]:
         InputError: there is no denoiser, or it cannot be read.
     """
     folder, network, scheduler = _find_denoiser(path)
+    _check_has_betas(scheduler)
     is_vit = network == folder != scheduler and not (folder / "model_index.json").is_file()
     diffusers_logging.disable_progress_bar()
     try:
@@ -75,6 +76,21 @@ def _find_denoiser(path: str) -> tuple[Path, Path, Path]:
     best = Path(path) / "best"
     hint = f"; {best} has one" if (best / "scheduler").is_dir() else ""
     raise InputError(f"{path} holds no denoiser (model/, or a diffusers pipeline with scheduler_config.json){hint}")
+
+
+def _check_has_betas(scheduler: Path) -> None:
+    """Refuse schedulers, such as those of flow matching, that `DDPMScheduler` would take for one with default betas.
+
+    Raises:
+        InputError: it cannot be read, or has no betas.
+    """
+    try:
+        config = json.loads((scheduler / "scheduler_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the scheduler of {scheduler}: {on_one_line(error, limit=200)}") from None
+    if not isinstance(config, dict) or not {"beta_schedule", "num_train_timesteps"} <= config.keys():
+        kind = config.get("_class_name", "its scheduler") if isinstance(config, dict) else "its scheduler"
+        raise InputError(f"{scheduler}: {kind} is no discrete diffusion process with betas")
 
 
 def _load_unet(folder: Path) -> UNet:
@@ -121,14 +137,28 @@ def check_compatible(
     Raises:
         InputError: it has another image size, number of channels or classes, prediction type, number of steps or betas.
     """
-    for name, here, there in zip(student.signature._fields, student.signature, other.signature, strict=True):
-        if here != there:
-            raise InputError(
-                f"{source} has {name.replace('_', ' ')} {there}, this run has {here}: they must see the same x_t"
-            )
+    check_same_images(student, other=other, source=source)
     for option, key in (("--prediction", "prediction_type"), ("--diffusion-steps", "num_train_timesteps")):
         here, there = process.config[key], other_process.config[key]
         if here != there:
             raise InputError(f"{source} was trained with {key} {there}, this run has {here}; see {option}")
     if not torch.allclose(other_process.alphas_cumprod.cpu(), process.alphas_cumprod.cpu(), atol=1e-6):
         raise InputError(f"{source} was trained with other betas than this run; see --betas")
+
+
+def check_same_images(student: UNet | ViT, *, other: UNet | ViT, source: str) -> None:
+    """Refuse a denoiser of other images.
+
+    Args:
+        student: the denoiser of this run.
+        other: the denoiser to check.
+        source: what it is called in the message.
+
+    Raises:
+        InputError: it has another image size, number of channels or classes.
+    """
+    for name, here, there in zip(student.signature._fields, student.signature, other.signature, strict=True):
+        if here != there:
+            raise InputError(
+                f"{source} has {name.replace('_', ' ')} {there}, this run has {here}: they must see the same x_t"
+            )

@@ -77,12 +77,21 @@ def draw_noise(images: Tensor, accelerator: Accelerator, *, steps: int, key: tup
 def as_epsilon(process: DDPMScheduler, prediction: Tensor, *, x_t: Tensor, t: Tensor) -> Tensor:
     """The epsilon (B, C, H, W) that follows from a denoiser's prediction at x_t (B, C, H, W) and t (B,).
 
-    A prediction of v gives `sqrt(abar) v + sqrt(1 - abar) x_t` (Salimans and Ho 2022, arXiv 2202.00512).
+    A prediction of v gives `sqrt(abar) v + sqrt(1 - abar) x_t` (Salimans and Ho 2022, arXiv 2202.00512). One of the
+    image x itself, which diffusers calls a sample, gives `(x_t - sqrt(abar) x) / sqrt(1 - abar)`.
     """
-    if process.config.prediction_type != "v_prediction":
+    if process.config.prediction_type == "epsilon":
         return prediction
     abar = process.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+    if process.config.prediction_type == "sample":
+        return (x_t - abar.sqrt() * prediction.float()) / (1 - abar).sqrt()
     return abar.sqrt() * prediction.float() + (1 - abar).sqrt() * x_t
+
+
+def as_velocity(process: DDPMScheduler, epsilon: Tensor, *, x_t: Tensor, t: Tensor) -> Tensor:
+    """The v (B, C, H, W) that follows from epsilon: what `as_epsilon` does to v, the other way round."""
+    abar = process.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+    return (epsilon.float() - (1 - abar).sqrt() * x_t) / abar.sqrt()
 
 
 def denoising_loss(

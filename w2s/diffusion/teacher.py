@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from w2s.diffusion.convert import ConvertedDenoiser
 from w2s.diffusion.denoisers import UNet, ViT, rebuild
 from w2s.diffusion.process import as_epsilon
 from w2s.teacher import Teacher
@@ -18,14 +19,14 @@ class DenoiserTeacher(Teacher):
     """A frozen denoiser that gives epsilon at the student's x_t and t.
 
     Args:
-        model: a denoiser that passes `check_compatible` with the student.
+        model: a denoiser that predicts what the student does, as `load_teacher_denoiser` gives it.
         process: the diffusion process of both.
         source, device, autocast, channels_last: see `Teacher`.
     """
 
     def __init__(
         self,
-        model: UNet | ViT,
+        model: UNet | ViT | ConvertedDenoiser,
         *,
         process: DDPMScheduler,
         source: Path,
@@ -40,9 +41,10 @@ class DenoiserTeacher(Teacher):
             device=device,
             autocast=autocast,
             channels_last=channels_last,
-            rebuild=partial(rebuild, model),
+            rebuild=model.rebuilt if isinstance(model, ConvertedDenoiser) else partial(rebuild, model),
         )
         self.process = process
+        self.note = model.describe() if isinstance(model, ConvertedDenoiser) else None
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Epsilon (B, C, H, W) at x_t (B, C, H, W) and t (B,)."""

@@ -341,3 +341,77 @@ def test_a_copy_of_the_file_works_alone(tmp_path):
     copied.write_text(Path(schedule.__file__).read_text() + "\nprint(EarlyPhase(2.0, 2, 3, 4).weight(6))\n")
     done = subprocess.run([sys.executable, "-I", "-S", copied], capture_output=True, text=True, check=True)
     assert done.stdout == "1.5\n"
+
+
+def fading(**kwargs):
+    return EarlyPhase(**{"weight": 4.0, "hold": 10.0, "fade": True, **kwargs})
+
+
+def test_fading_lambda_is_what_is_left_of_the_teachers_first_lead():
+    phase = fading()
+    weights = []
+    for u, student in enumerate((30.0, 50.0, 60.0)):  # leads of 40, 20 and 10, averaged over two: 40, 30, 15
+        phase.observe(student, 70.0, u)
+        weights.append(phase.weight(u))
+    assert weights == [4.0, 3.0, 1.5]
+
+
+def test_fading_lambda_never_rises_again():
+    phase = fading()
+    for student in (30.0, 50.0, 30.0, 30.0):  # leads of 40, 20, 40 and 40
+        phase.observe(student, 70.0)
+    assert phase.weight(1.0) == 3.0
+
+
+def test_fade_follows_a_metric_that_falls():
+    phase = fading(mode="min")
+    for student in (200.0, 150.0):  # leads of 100 and 50
+        phase.observe(student, 100.0)
+    assert phase.weight(1.0) == 3.0
+
+
+def test_fade_multiplies_the_window():
+    phase = fading(warmup=2.0, hold=2.0, decay=2.0, patience=1)
+    phase.observe(30.0, 70.0)
+    phase.observe(50.0, 70.0)  # half of the lead is left
+    assert [phase.weight(u) for u in (1.0, 3.0, 5.0, 6.0)] == [1.0, 2.0, 1.0, 0.0]
+
+
+def test_fade_that_reaches_zero_is_the_switch_off():
+    phase = fading()
+    phase.observe(60.0, 70.0, 1.0)
+    assert phase.observe(75.0, 70.0, 2.0)  # 2.5 on average
+    assert not phase.observe(66.0, 70.0, 3.0)  # 5 behind, then 4 ahead: -0.5 on average
+    assert phase.kd_off == {"at": 3.0, "reason": "surpass"}
+
+
+def test_student_that_starts_ahead_fades_nothing_and_is_passed_by_patience():
+    phase = fading()
+    assert phase.observe(75.0, 70.0, 1.0)
+    assert phase.weight(1.0) == 4.0
+    assert not phase.observe(75.0, 70.0, 2.0)
+
+
+def test_a_metric_that_is_not_a_number_leaves_the_fade_alone():
+    phase = fading()
+    phase.observe(30.0, 70.0)
+    phase.observe(math.nan, 70.0)
+    assert phase.weight(1.0) == 4.0
+
+
+@pytest.mark.parametrize("off", ["never", 5.0])
+def test_fade_waits_for_the_switch_off_that_compares(off):
+    phase = fading(off=off)
+    phase.observe(30.0, 70.0)
+    phase.observe(60.0, 70.0)
+    assert phase.weight(1.0) == 4.0
+
+
+def test_fade_goes_on_after_a_resume():
+    phase, resumed = fading(), fading()
+    phase.observe(30.0, 70.0)
+    phase.observe(50.0, 70.0)
+    resumed.load_state_dict(phase.state_dict())
+    for one in (phase, resumed):
+        one.observe(60.0, 70.0)
+    assert resumed.weight(1.0) == phase.weight(1.0) == 1.5

@@ -173,10 +173,11 @@ class Distillation:
         if not self.active:
             return f"distillation: over ({self.phase.reason}); the teacher is not loaded"
         phase = self.phase
+        fade = ", fading with its lead" if phase.fade else ""
         line = (
             f"distillation: lambda {phase.full_weight:g} (warm-up {phase.warmup:g}, hold {phase.hold:g}, decay "
-            f"{phase.decay:g} {self.unit}s), T {phase.start_temperature:g} to {phase.end_temperature:g}; off "
-            f"({phase.off}): {phase.patience} evaluations in a row better than {self.score['switch']:.4g}"
+            f"{phase.decay:g} {self.unit}s{fade}), T {phase.start_temperature:g} to {phase.end_temperature:g}; "
+            f"off ({phase.off}): {phase.patience} evaluations in a row better than {self.score['switch']:.4g}"
         )
         return line + (f"; in the teacher's place: --kd-control {self.control.kind}" if self.control else "")
 

@@ -14,6 +14,10 @@ class EarlyPhase:
     `observe` compares student and teacher on held-out data: strictly better at `patience` consecutive evaluations
     switches the teacher off for the rest of the run. So does reaching the end of the window.
 
+    With `fade`, lambda is also multiplied by what is left of the teacher's lead: its mean over the last `patience`
+    evaluations, as a share of the first lead that was seen. This factor never rises again, and the teacher is switched
+    off where it reaches 0.
+
     Args:
         weight: the plateau of lambda, >= 0.
         warmup, hold, decay: lengths of the three parts, >= 0, in units of u.
@@ -22,6 +26,7 @@ class EarlyPhase:
         mode: "max" where a higher metric is better, "min" where a lower one is.
         off: "surpass" (the method); "never" (lambda holds for the whole run, an always-on baseline); or a number: a
             fixed switch-off at that u, whoever is better.
+        fade: let lambda follow the teacher's lead; it has an effect only where `off` is "surpass".
 
     Raises:
         ValueError: an argument is out of its range.
@@ -37,6 +42,7 @@ class EarlyPhase:
         patience: int = 2,
         mode: str = "max",
         off: str | float = "surpass",
+        fade: bool = False,
     ) -> None:
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"weight must be finite and not negative, got {weight}")
@@ -53,8 +59,11 @@ class EarlyPhase:
             raise ValueError(f"off must be 'surpass', 'never' or a number, got {off!r}")
         self.full_weight, self.warmup, self.hold, self.decay = weight, warmup, hold, decay
         self.start_temperature, self.end_temperature = temperature
-        self.patience, self.mode, self.off = patience, mode, off
+        self.patience, self.mode, self.off, self.fade = patience, mode, off, fade
         self.wins = 0  # consecutive evaluations won so far
+        self.leads: list[float] = []  # of the teacher, at the last `patience` evaluations
+        self.first_lead: float | None = None  # the unit of the fade
+        self.lead_left = 1.0  # the factor of the fade
         self.kd_off: dict | None = None  # {"at": u, "reason": ...} once switched off
 
     @property
@@ -83,12 +92,13 @@ class EarlyPhase:
         """lambda(u); exactly 0 outside the window and after the switch-off."""
         if not self.active or u < 0 or u >= self.end:
             return 0.0
+        height = self.full_weight * self.lead_left
         if u < self.warmup:
-            return self.full_weight * u / self.warmup
+            return height * u / self.warmup
         into_decay = u - self.warmup - self.hold
         if into_decay <= 0 or self.off == "never":
-            return self.full_weight
-        return self.full_weight * max(0.0, 1 - into_decay / self.decay)
+            return height
+        return height * max(0.0, 1 - into_decay / self.decay)
 
     def temperature(self, u: float) -> float:
         """T(u); the start value for a window without end, the end value after the window."""
@@ -110,11 +120,22 @@ class EarlyPhase:
         A metric that is NaN does not win and ends a series of wins. Returns `active`.
         """
         if self.active and self.off == "surpass":
-            better = student > teacher if self.mode == "max" else student < teacher
-            self.wins = self.wins + 1 if better else 0
-            if self.wins >= self.patience:
+            lead = teacher - student if self.mode == "max" else student - teacher
+            self.wins = self.wins + 1 if lead < 0 else 0
+            if self.fade and math.isfinite(lead):
+                self._follow(lead)
+            if self.wins >= self.patience or self.lead_left == 0:
                 self.switch_off(u, reason="surpass")
         return self.active
+
+    def _follow(self, lead: float) -> None:
+        """Lower the factor of the fade to what is left of the teacher's lead."""
+        if self.first_lead is None and lead > 0:
+            self.first_lead = lead
+        if self.first_lead is not None:
+            self.leads = [*self.leads, lead][-self.patience :]
+            left = sum(self.leads) / len(self.leads) / self.first_lead
+            self.lead_left = min(self.lead_left, max(left, 0.0))
 
     def switch_off(self, u: float | None, reason: str) -> None:
         """End the phase at u for good; a phase that has ended keeps its place and reason."""
@@ -123,8 +144,10 @@ class EarlyPhase:
 
     def state_dict(self) -> dict:
         """All that changes during a run."""
-        return {"wins": self.wins, "kd_off": self.kd_off}
+        fade = {"leads": self.leads, "first_lead": self.first_lead, "lead_left": self.lead_left}
+        return {"wins": self.wins, "kd_off": self.kd_off, **fade}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict()`; a phase that was off stays off."""
         self.wins, self.kd_off = state["wins"], state["kd_off"]
+        self.leads, self.first_lead, self.lead_left = state["leads"], state["first_lead"], state["lead_left"]

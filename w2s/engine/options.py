@@ -186,6 +186,7 @@ def add_kd_options(
     group.add_argument(
         "--kd-off", type=_kd_off, default="surpass", metavar="WHEN", help=f"surpass, never, or a number of {unit}"
     )
+    add_switch(group, "--kd-fade", "let lambda follow what is left of the teacher's lead on the switch split")
     group.add_argument(
         "--kd-control",
         choices=controls,

@@ -59,6 +59,7 @@ def early_phase(args, length: float, mode: str) -> EarlyPhase | None:
             patience=args.kd_patience,
             mode=mode,
             off=args.kd_off,
+            fade=args.kd_fade,
         )
     except ValueError as error:
         raise InputError(f"distillation schedule: {error}") from None

@@ -320,3 +320,18 @@ def test_a_row_without_an_image_is_refused(tmp_path):
     root = hf_folder(tmp_path / "hf", [0, 1, 0, 1], without_image=2)
     with refused("row 2", "split 'train'"):
         load_hf(root, switch_split="0")
+
+
+# --- reporting on the switch split, to choose settings ----------------------------------------------------------------
+
+
+def test_settings_may_be_chosen_on_the_switch_split_in_place_of_the_test_data():
+    data = load(val_split="switch", switch_split="0.1", check_images=0)
+    assert data.report.rows.tolist() == data.switch.rows.tolist() == switch_of()
+    assert data.sizes == {"train": 1080, "switch": 120, "report": 120}
+    assert not set(data.report.rows) & set(data.train.rows)
+
+
+def test_an_empty_switch_split_cannot_be_reported_on():
+    with refused("--val-split switch reports on the switch split"):
+        load(val_split="switch", switch_split="0", check_images=0)

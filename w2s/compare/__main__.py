@@ -15,6 +15,8 @@ from pathlib import Path
 from w2s import require
 
 try:
+    from w2s.compare.budget import compare_budgets
+    from w2s.compare.budget_report import budget_report, budget_table, budget_verdict, draw_budgets
     from w2s.compare.comparable import choose_targets
     from w2s.compare.curves import draw_curves
     from w2s.compare.report import markdown_table, write_html, write_markdown
@@ -47,6 +49,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="arms differ in their teachers: draw speedup against the teacher's gap, too",
     )
+    parser.add_argument(
+        "--budget",
+        action="store_true",
+        help="the runs of each arm have schedules of several lengths: compare final quality against the budget",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the files go")
     parser.add_argument("--log-with", choices=["wandb"], help="log table and curves as a run of its own")
     parser.add_argument("--project", default="w2s", help="W&B project (w2s)")
@@ -54,6 +61,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.arm) == bool(args.baseline or args.treated) or bool(args.baseline) != bool(args.treated):
         raise ValueError("give --baseline RUN... and --treated RUN..., or --arm NAME=GLOB for each arm")
+    if args.budget and (args.strength or args.target or args.log_with):
+        raise ValueError("--budget compares final metrics: leave --strength, --target and --log-with out")
     return args
 
 
@@ -97,6 +106,21 @@ def _expand(pattern: str, option: str) -> list[Path]:
     return folders
 
 
+def write_budget(args: argparse.Namespace, command: str) -> list[Path]:
+    """Compare schedules of several lengths, write the files and print the verdict. Raises ValueError or OSError."""
+    result = compare_budgets(read_arms(args), margin=args.margin, allow=allowed(args))
+    args.out.mkdir(parents=True, exist_ok=True)
+    image = io.BytesIO()
+    draw_budgets(result, image)
+    contents = {
+        "budget.json": json.dumps(result, indent=2, allow_nan=False).encode(),
+        "budget.md": budget_report(result, command).encode(),
+        "budget.png": image.getvalue(),
+    }
+    print(f"{budget_verdict(result)}\n\n{markdown_table(budget_table(result))}\n")
+    return replace_files(contents, args.out)
+
+
 def write_files(result: dict, arms: dict[str, list[RunFolder]], out: Path, command: str) -> list[Path]:
     """Write the files of a comparison into `out`, all made before the first is written. Returns their paths."""
     contents = {
@@ -111,21 +135,34 @@ def write_files(result: dict, arms: dict[str, list[RunFolder]], out: Path, comma
         image = io.BytesIO()
         draw_strength(result, image)
         contents["strength.png"] = image.getvalue()
+    return replace_files(contents, out)
+
+
+def replace_files(contents: dict[str, bytes], out: Path) -> list[Path]:
+    """Write whole files into `out`. Returns their paths."""
     for name, content in contents.items():
         with replacing(out / name, "wb") as file:
             file.write(content)
     return [out / name for name in contents]
 
 
+def read_arms(args: argparse.Namespace) -> dict[str, list[RunFolder]]:
+    """The runs of each arm that the command line names. Raises ValueError or OSError."""
+    folders = find_arms(args.baseline, args.treated, args.arm)
+    return {arm: [read_run(folder) for folder in group] for arm, group in folders.items()}
+
+
+def allowed(args: argparse.Namespace) -> tuple[str, ...]:
+    """The settings of --allow, written as options are recorded."""
+    return tuple(name.lstrip("-").replace("-", "_") for name in args.allow)
+
+
 def compare_folders(args: argparse.Namespace) -> tuple[dict, dict[str, list[RunFolder]]]:
     """The comparison that the command line asks for, and the runs of each arm. Raises ValueError or OSError."""
-    folders = find_arms(args.baseline, args.treated, args.arm)
-    arms = {arm: [read_run(folder) for folder in group] for arm, group in folders.items()}
+    arms = read_arms(args)
     targets = choose_targets([run for group in arms.values() for run in group], args.target)
-    allow = [name.lstrip("-").replace("-", "_") for name in args.allow]
-    if args.target:
-        allow.append("target")  # the targets of the runs are not used
-    result = compare_arms(arms, targets, margin=args.margin, allow=tuple(allow))
+    allow = (*allowed(args), *(("target",) if args.target else ()))  # the targets of the runs are not used then
+    result = compare_arms(arms, targets, margin=args.margin, allow=allow)
     if args.strength:
         result["strength"] = strength_points(result, arms)
     return result, arms
@@ -139,6 +176,9 @@ def run_command(argv: list[str] | None) -> int:
         require("compare", "matplotlib", "scipy")  # they are slow to import, and so imported late
         if args.log_with:
             check_wandb()
+        if args.budget:
+            print(*write_budget(args, command), sep="\n", flush=True)
+            return 0
         result, arms = compare_folders(args)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, ModuleNotFoundError, argparse.ArgumentError) as error:

@@ -63,7 +63,7 @@ def check_comparable(arms: dict[str, list[RunFolder]], allow: tuple[str, ...] = 
     """
     runs = [run for group in arms.values() for run in group]
     _check_allowed(allow, runs)
-    differences = _differences(runs)
+    differences = differing_settings(runs)
     for arm, group in arms.items():
         _check_arm(arm, group)
     if missing := _missing_seed(arms):
@@ -84,7 +84,7 @@ def _check_allowed(allow: tuple[str, ...], runs: list[RunFolder]) -> None:
             raise ValueError(f"--allow {name}: not a setting that may differ{hint}")
 
 
-def _differences(runs: list[RunFolder]) -> dict[str, str]:
+def differing_settings(runs: list[RunFolder]) -> dict[str, str]:
     """For each setting in which the first run and another one differ, by name: what differs, as text."""
     first, expected = runs[0], common_settings(runs[0])
     differences = {}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5195", "#8C6D31", "#8A8A8A")
 
 
-def _colour(index: int) -> str:
+def arm_colour(index: int) -> str:
     """The colour of the arm with this index."""
     return COLOURS[index % len(COLOURS)]
 
@@ -65,7 +65,7 @@ def draw_curves(result: dict, arms: dict[str, list[RunFolder]], file: BinaryIO) 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     for panel, axis in zip(figure.subplots(1, 2, sharey=True), (progress_axis(result), "train_seconds"), strict=True):
         for index, group in enumerate(arms.values()):
-            _draw_arm(panel, group, axis=axis, result=result, colour=_colour(index), name=list(arms)[index])
+            _draw_arm(panel, group, axis=axis, result=result, colour=arm_colour(index), name=list(arms)[index])
         for target in result["targets"]:
             height = float(target)
             panel.axhline(height, color="0.3", linestyle="--", linewidth=1.2, label="target")
@@ -103,7 +103,7 @@ def page_data(result: dict, arms: dict[str, list[RunFolder]]) -> dict:
     axes = [first, *(axis for axis in AXES if axis != first)]
     groups = []
     for index, (arm, group) in enumerate(arms.items()):
-        groups.append({"name": arm, "colour": _colour(index), "runs": [_run_data(run, result) for run in group]})
+        groups.append({"name": arm, "colour": arm_colour(index), "runs": [_run_data(run, result) for run in group]})
     return {
         "metric": result["metric"],
         "mode": result["mode"],

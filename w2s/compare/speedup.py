@@ -46,7 +46,7 @@ def compare_arms(
         for kind in ("final", "best"):
             before, after = final_and_best[reference][kind]["runs"], final_and_best[arm][kind]["runs"]
             pairs = _pair_by_seed(arms[reference], before, arms[arm], after)
-            gain[arm][kind] = _gain(pairs, mode, margin)
+            gain[arm][kind] = gain_of_pairs(pairs, mode, margin)
     return {
         "task": facts["task"],
         "metric": metric,
@@ -78,7 +78,7 @@ def _pair_by_seed(reference: list[RunFolder], before: list, group: list[RunFolde
     return [(by_seed[run.seed], value) for run, value in zip(group, after, strict=True) if run.seed in by_seed]
 
 
-def _gain(pairs: list[tuple], mode: str, margin: float | None) -> dict:
+def gain_of_pairs(pairs: list[tuple], mode: str, margin: float | None) -> dict:
     """How much better the metric of an arm is, positive being better: mean over pairs, interval, p and verdict."""
     known = [(before, after) for before, after in pairs if before is not None and after is not None]
     gains = [after - before if mode == "max" else before - after for before, after in known]

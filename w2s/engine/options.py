@@ -186,7 +186,9 @@ def add_kd_options(
     group.add_argument(
         "--kd-off", type=_kd_off, default="surpass", metavar="WHEN", help=f"surpass, never, or a number of {unit}"
     )
-    add_switch(group, "--kd-fade", "let lambda follow what is left of the teacher's lead on the switch split")
+    add_switch(
+        group, "--kd-fade", "let lambda follow what is left of the teacher's lead on the switch split (default: off)"
+    )
     group.add_argument(
         "--kd-control",
         choices=controls,

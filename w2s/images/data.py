@@ -27,6 +27,8 @@ from w2s.images.loading import ImageSplit
 from w2s.images.splits import stratified_split
 from w2s.images.streams import is_stream, open_stream
 
+SWITCH = "switch"  # --val-split: report on the switch split, to choose settings on images that no result is read from
+
 
 @dataclass
 class ImageData:
@@ -80,7 +82,9 @@ def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) 
         samples=args.train_samples,
         seed=args.switch_seed,
     )
-    report_rows = np.arange(len(report))
+    report_rows = switch_rows if args.val_split == SWITCH else np.arange(len(report))
+    if len(report_rows) == 0:
+        raise InputError("--val-split switch reports on the switch split: give --switch-split a share above 0")
     if args.dry_run:
         switch_rows, report_rows = switch_rows[: 4 * args.batch_size], report_rows[: 4 * args.batch_size]
     cache = resolve_cache(
@@ -160,6 +164,8 @@ def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, int]:
     targets = targets_of(train, args.train_split, num_classes)
     num_classes = num_classes or int(targets.max()) + 1
     _refuse_empty_classes(targets, args.train_split, num_classes=num_classes, names=names)
+    if args.val_split == SWITCH:
+        return train, targets, train, num_classes
     report = open_split(args.val_split)
     report_names = class_names(report)
     if names and report_names != names:

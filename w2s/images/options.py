@@ -9,7 +9,11 @@ def add_classification_data_options(parser: Parser) -> None:
     group = add_data_options(
         parser, "digits, hfds/NAME_OR_FOLDER, wds/..., torch/...", "image folder with train/ and val/"
     )
-    group.add_argument("--val-split", metavar="NAME", help="reported on, decides nothing (default: validation)")
+    group.add_argument(
+        "--val-split",
+        metavar="NAME",
+        help="reported on, decides nothing; switch reports on the switch split (validation)",
+    )
     group.add_argument("--train-num-samples", type=positive_int, metavar="N", help="length of a streamed train split")
     group.add_argument("--val-num-samples", type=positive_int, metavar="N", help="length of a streamed val split")
 

@@ -1,0 +1,192 @@
+"""Quality against budget: runs whose whole schedule has a given length, each arm at its own best settings (--budget).
+
+A target crossed early in a long schedule says nothing of a short schedule that was made for the target. So each arm is
+trained at several lengths, and the question is turned round: how much less does the taught arm need for the quality
+that the reference ends with? This is the horizontal distance of the two curves, the iso-quality speedup.
+"""
+
+import math
+
+import numpy as np
+
+from w2s.compare.comparable import check_comparable, common_settings, differing_settings
+from w2s.compare.runs import RunFolder, read_teacher_run
+from w2s.compare.speedup import gain_of_pairs
+from w2s.compare.stats import ratio_of_pairs, summarise
+
+# what may differ between budgets, as it goes with the length of the schedule
+LENGTH_OPTIONS = {"epochs", "updates", "warmup_epochs", "warmup_updates", "decay_epochs", "decay_updates"}
+LENGTH_OPTIONS |= {"decay_milestones", "evals_per_epoch", "eval_interval", "grid", "target"}
+TUNED_OPTIONS = ("opt", "lr", "lr_base", "weight_decay")  # what an arm may choose for itself at each budget
+AXES = ("epoch", "train_seconds", "pflops", "train_seconds_paid", "pflops_paid")  # _paid: with the teacher's training
+
+
+def compare_budgets(
+    arms: dict[str, list[RunFolder]], *, margin: float | None = None, allow: tuple[str, ...] = ()
+) -> dict:
+    """Final quality of each arm at each budget, and how much less budget each arm needs than the reference.
+
+    Args:
+        arms: the runs of each arm, the reference first; every arm has the same seeds at the same lengths.
+        margin: how much worse a final metric may be and still count as non-inferior.
+        allow: further settings in which the runs may differ.
+
+    Returns:
+        What budget.json holds: task, metric, mode, reference; `budgets[length]["final"][arm]` as `summarise` gives it,
+        `["gain"][arm]`, `["cost"][arm][axis]`, `["tuned"][arm]` (the settings of its own) and
+        `["speedup"][arm][axis]`: the iso-quality speedup at the quality that the reference ends with, see
+        `iso_quality`.
+
+    Raises:
+        ValueError: the runs may not be compared, or there are fewer than two lengths.
+    """
+    reference, *others = arms
+    by_length = {arm: _by_length(group) for arm, group in arms.items()}
+    lengths = sorted(by_length[reference])
+    for arm in others:
+        if sorted(by_length[arm]) != lengths:
+            names = [", ".join(f"{length:g}" for length in sorted(by_length[name])) for name in (reference, arm)]
+            raise ValueError(f"{reference} has budgets of {names[0]} and {arm} of {names[1]}: they have to be the same")
+    if len(lengths) < 2:
+        raise ValueError("--budget compares runs of several lengths: give at least two")
+    _check_lengths(arms, allow)
+    known = common_settings(arms[reference][0])
+    tuned = tuple(name for name in TUNED_OPTIONS if name in known)
+    differences = set()
+    for length in lengths:
+        same = {arm: by_length[arm][length] for arm in arms}
+        differences |= set(check_comparable(same, allow=(*tuned, *allow)))
+    facts = arms[reference][0].summary
+    points = {arm: _points_by_seed(by_length[arm], facts["metric"]) for arm in arms}
+    budgets = {}
+    for index, length in enumerate(lengths):
+        groups = {arm: by_length[arm][length] for arm in arms}
+        budgets[f"{length:g}"] = {
+            "final": {arm: summarise(_finals(group, facts["metric"])) for arm, group in groups.items()},
+            "gain": {arm: _gain(groups[reference], groups[arm], facts, margin) for arm in others},
+            "cost": {arm: {axis: _mean_cost(points[arm], index, axis) for axis in AXES} for arm in arms},
+            "tuned": {arm: {name: group[0].options.get(name) for name in tuned} for arm, group in groups.items()},
+            "speedup": {
+                arm: {axis: iso_quality(points[reference], points[arm], index, axis, facts["mode"]) for axis in AXES}
+                for arm in others
+            },
+        }
+    return {
+        "task": facts["task"],
+        "metric": facts["metric"],
+        "mode": facts["mode"],
+        "reference": reference,
+        "arms": {arm: [run.summary["name"] for run in group] for arm, group in arms.items()},
+        "differences": sorted(differences),
+        "margin": margin,
+        "budgets": budgets,
+    }
+
+
+def iso_quality(before: dict, after: dict, index: int, axis: str, mode: str) -> dict:
+    """How much less of `axis` an arm needs for the quality that the reference ends with at one of its budgets.
+
+    Each seed gives one curve of quality against the logarithm of the cost, made monotone by its running best and
+    interpolated linearly. Where the quality lies below the arm's first point the speedup is known from below only,
+    where it lies above the last one it is known from above only.
+
+    Args:
+        before, after: of the reference and of the arm, `{seed: {"quality": [...], axis: [...]}}` by rising budget.
+        index: which budget of the reference.
+        axis: one of AXES.
+        mode: "max" or "min".
+
+    Returns:
+        `ratios` (None where only bounded), `geometric_mean`, `interval`, `method` as `ratio_of_pairs` gives them;
+        `at_least`: the geometric mean with each bound from below in its place, None where a pair is bounded from above
+        or not recorded; `at_most` likewise.
+    """
+    costs, needed, low, high = [], [], [], []
+    for seed, reference in before.items():
+        quality, cost = reference["quality"][index], reference[axis][index]
+        position = _cost_of(quality, after[seed]["quality"], after[seed][axis], mode)
+        costs.append(cost)
+        needed.append(position["cost"])
+        low.append(position["at_most"])
+        high.append(position["at_least"])
+    finite = ratio_of_pairs(costs, [math.inf if cost is None else cost for cost in needed])
+    return finite | {"at_least": _mean_ratio(costs, low), "at_most": _mean_ratio(costs, high)}
+
+
+def _cost_of(quality: float, qualities: list[float], costs: list[float], mode: str) -> dict:
+    """The cost at which a curve reaches a quality, or the bound for it."""
+    if None in costs or not all(math.isfinite(value) for value in (quality, *qualities)):
+        return {"cost": None, "at_most": None, "at_least": None}
+    sign = 1 if mode == "max" else -1
+    rising = np.maximum.accumulate([sign * value for value in qualities])
+    goal = sign * quality
+    if goal < rising[0]:
+        return {"cost": None, "at_most": costs[0], "at_least": None}
+    if goal > rising[-1]:
+        return {"cost": None, "at_most": None, "at_least": costs[-1]}
+    right = int(np.searchsorted(rising, goal))  # the first point that is good enough
+    if rising[right] == goal:
+        cost = costs[right]
+    else:
+        share = (goal - rising[right - 1]) / (rising[right] - rising[right - 1])
+        cost = math.exp(math.log(costs[right - 1]) + share * math.log(costs[right] / costs[right - 1]))
+    return {"cost": cost, "at_most": cost, "at_least": cost}
+
+
+def _mean_ratio(costs: list[float], needed: list[float | None]) -> float | None:
+    if None in needed:
+        return None
+    return math.exp(math.fsum(math.log(a / b) for a, b in zip(costs, needed, strict=True)) / len(costs))
+
+
+def _by_length(group: list[RunFolder]) -> dict[float, list[RunFolder]]:
+    """Runs by the epochs or updates of their whole schedule, in the order of their seeds."""
+    lengths: dict[float, list[RunFolder]] = {}
+    for run in sorted(group, key=lambda run: (run.seed is None, run.seed)):
+        length = run.options.get("epochs", run.options.get("updates"))
+        lengths.setdefault(float(length), []).append(run)
+    return lengths
+
+
+def _check_lengths(arms: dict[str, list[RunFolder]], allow: tuple[str, ...]) -> None:
+    """Refuse runs of different lengths that differ in more than their length and their tuned settings."""
+    runs = [run for group in arms.values() for run in group]
+    free = {*LENGTH_OPTIONS, *TUNED_OPTIONS, *allow}
+    if refused := [text for name, text in differing_settings(runs).items() if name not in free]:
+        raise ValueError(f"the runs differ in {refused[0]}")
+
+
+def _points_by_seed(lengths: dict[float, list[RunFolder]], metric: str) -> dict:
+    """Quality and costs of each seed by rising budget."""
+    points: dict = {}
+    for length in sorted(lengths):
+        for run in lengths[length]:
+            point = points.setdefault(run.seed, {name: [] for name in ("quality", *AXES)})
+            point["quality"].append(run.rows[-1].get(metric))
+            for axis in AXES:
+                point[axis].append(_cost(run, axis))
+    return points
+
+
+def _cost(run: RunFolder, axis: str) -> float | None:
+    name = axis.removesuffix("_paid")
+    own = run.rows[-1].get(name)
+    if name == axis or not run.summary["teacher"]:
+        return own
+    teacher = read_teacher_run(run)
+    paid = teacher and teacher.rows[-1].get(name)
+    return None if own is None or paid is None else own + paid
+
+
+def _finals(group: list[RunFolder], metric: str) -> list[float]:
+    return [run.rows[-1].get(metric, math.nan) for run in group]
+
+
+def _gain(before: list[RunFolder], after: list[RunFolder], facts: dict, margin: float | None) -> dict:
+    pairs = list(zip(_finals(before, facts["metric"]), _finals(after, facts["metric"]), strict=True))
+    return gain_of_pairs(pairs, facts["mode"], margin)
+
+
+def _mean_cost(points: dict, index: int, axis: str) -> float | None:
+    costs = [point[axis][index] for point in points.values()]
+    return None if None in costs else sum(costs) / len(costs)

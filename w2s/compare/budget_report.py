@@ -1,0 +1,105 @@
+"""What is said and drawn of a comparison of budgets: the sentence, the table, budget.md and budget.png."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, BinaryIO
+
+from w2s.compare.curves import arm_colour
+from w2s.compare.report import markdown_table
+from w2s.compare.sections import Table
+from w2s.compare.text import AXIS_NAMES, interval_text, number_text, ratio_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NOTE = (
+    "Each run has a whole schedule of its length, and each arm its own settings at each length. The speedup is how "
+    "much less budget an arm needs for the final quality that the reference has at this budget: the geometric mean "
+    "over seeds with its 95 % interval, read off curves that are interpolated on the logarithm of the budget. `>` and "
+    "`<`: in some seed that quality lies outside the arm's curve, so that there is only a bound. Teacher paid: the "
+    "teacher's own training is added to every budget of its arm."
+)
+
+
+def budget_report(result: dict, command: str) -> str:
+    """The comparison as Markdown: the sentence, the curves, one table, and how to read them."""
+    blocks = [f"# Quality against budget: {result['task']}, {result['metric']}", f"**{budget_verdict(result)}**"]
+    blocks += ["![budget](budget.png)", markdown_table(budget_table(result)), NOTE]
+    if result["differences"]:
+        blocks.append("Allowed to differ, beside what is tuned: " + "; ".join(result["differences"]) + ".")
+    return "\n\n".join([*blocks, f"This report: `{command}`"]) + "\n"
+
+
+def budget_verdict(result: dict) -> str:
+    """The sentence about the first arm beside the reference, from the shortest to the longest budget."""
+    reference, arm = list(result["arms"])[:2]
+    unit = "updates" if result["task"] == "diffusion" else "epochs"
+    parts = []
+    for length, entry in result["budgets"].items():
+        speedup = entry["speedup"][arm]
+        texts = [speedup_text(speedup[axis]) for axis in ("epoch", "train_seconds")]
+        parts.append(f"{texts[0]} in {unit} and {texts[1]} in train seconds at {length} {unit}")
+    return f"For the final {result['metric']} of {reference}, {arm} needs less budget by " + "; ".join(parts) + "."
+
+
+def speedup_text(speedup: dict) -> str:
+    """An iso-quality speedup with its interval, or the bound for it."""
+    if speedup["geometric_mean"] is not None:
+        low_high = speedup["interval"]
+        interval = f" ({low_high[0]:.2f} to {low_high[1]:.2f})" if low_high else ""
+        return ratio_text(speedup["geometric_mean"]) + interval
+    if speedup["at_least"] is not None:
+        return f"> {ratio_text(speedup['at_least'])}"
+    return f"< {ratio_text(speedup['at_most'])}" if speedup["at_most"] is not None else "n/a"
+
+
+def budget_table(result: dict) -> Table:
+    """One row per budget and arm: what it was tuned to, its final metric, the gain, and the iso-quality speedups."""
+    metric, reference = result["metric"], result["reference"]
+    header = ["budget", "arm", "settings", f"final {metric}", "gain", "in epochs", "in train seconds", "in PFLOPs"]
+    header += ["in train seconds, teacher paid"]
+    rows = []
+    for length, entry in result["budgets"].items():
+        for arm in result["arms"]:
+            tuned = ", ".join(f"{name} {value}" for name, value in entry["tuned"][arm].items() if value is not None)
+            row = [length, arm, tuned, number_text(entry["final"][arm]["median"])]
+            if arm == reference:
+                row += [""] * 5
+            else:
+                gain, speedup = entry["gain"][arm], entry["speedup"][arm]
+                row.append(f"{number_text(gain['mean'])} ({interval_text(gain['interval'])})")
+                axes = ("epoch", "train_seconds", "pflops", "train_seconds_paid")
+                row += [speedup_text(speedup[axis]) for axis in axes]
+            rows.append(row)
+    return Table(header, rows)
+
+
+def draw_budgets(result: dict, file: BinaryIO) -> None:
+    """Draw final quality over budget as a PNG, in epochs and in train seconds: each run a point, medians joined."""
+    from matplotlib.figure import Figure  # slow to import: not before the input is checked
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    for panel, axis in zip(figure.subplots(1, 2, sharey=True), ("epoch", "train_seconds"), strict=True):
+        for index, arm in enumerate(result["arms"]):
+            _draw_arm(panel, result, arm, axis=axis, colour=arm_colour(index))
+        panel.set(xlabel=f"budget: {AXIS_NAMES[axis]} of the whole schedule", xscale="log")
+        panel.grid(alpha=0.25, which="both")
+    figure.supylabel(f"final {result['metric']}", size="medium")
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(file, format="png", dpi=160)
+
+
+def _draw_arm(panel: Axes, result: dict, arm: str, *, axis: str, colour: str) -> None:
+    entries = list(result["budgets"].values())
+    costs = [entry["cost"][arm][axis] for entry in entries]
+    if None in costs:
+        return
+    for cost, entry in zip(costs, entries, strict=True):
+        runs = [value for value in entry["final"][arm]["runs"] if value is not None]
+        panel.plot([cost] * len(runs), runs, ".", color=colour, alpha=0.6)
+    medians = [entry["final"][arm]["median"] for entry in entries]
+    panel.plot(costs, medians, "o-", color=colour, linewidth=2.5, label=arm)
+    paid = [entry["cost"][arm][f"{axis}_paid"] for entry in entries] if axis != "epoch" else costs
+    if paid != costs and None not in paid:
+        panel.plot(paid, medians, ":", color=colour, linewidth=1.5, label=f"{arm}, teacher's training paid")

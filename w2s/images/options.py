@@ -12,7 +12,7 @@ def add_classification_data_options(parser: Parser) -> None:
     group.add_argument(
         "--val-split",
         metavar="NAME",
-        help="reported on, decides nothing; switch reports on the switch split (validation)",
+        help="reported on, decides nothing; switch: the switch split (default: validation)",
     )
     group.add_argument("--train-num-samples", type=positive_int, metavar="N", help="length of a streamed train split")
     group.add_argument("--val-num-samples", type=positive_int, metavar="N", help="length of a streamed val split")

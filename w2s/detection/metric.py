@@ -117,7 +117,7 @@ def write_detections(path: Path, detections: list[np.ndarray], split: DetectionS
 def draw_predictions(
     path: Path, detections: list[np.ndarray], split: DetectionSplit, *, count: int = 8, threshold: float = 0.3
 ) -> None:
-    """Write a PNG of the first images of a split: above the ground truth, below the detections.
+    """Write a PNG of the first images of a split, with the ground truth in the upper row and the detections below it.
 
     Args:
         path: of the file.

@@ -199,7 +199,7 @@ def _build_split(
     device: torch.device | None,
     training: bool = False,
 ) -> CachedSplit | ImageSplit:
-    """Some images, flipped at random in training: kept on a device, or without one read anew in every epoch."""
+    """Some images, flipped at random in training. Without a device to keep them on, they are read in every epoch."""
     mode = image_mode(args.in_chans)
     if device is not None:
         return cache_split(
@@ -220,7 +220,7 @@ def _build_split(
 
 
 def _reference_key(args, dataset: Dataset, *, split: str, rows: np.ndarray) -> dict:
-    """What tells the images of some rows from all others; statistics of them are kept under this key."""
+    """A key that identifies the images of these rows; their statistics are stored under it."""
     return {
         "dataset": identity(args.dataset, dataset),
         "folder": str(Path(args.data_dir).resolve()) if args.data_dir else None,
@@ -234,7 +234,7 @@ def _reference_key(args, dataset: Dataset, *, split: str, rows: np.ndarray) -> d
 
 
 def identity(name: str, dataset: Dataset) -> list:
-    """What tells a dataset from another under the same `--dataset` name.
+    """A key that differs between two datasets of the same `--dataset` name.
 
     The name of a Hugging Face dataset may be a relative folder, and its files may have been replaced.
     """

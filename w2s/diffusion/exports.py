@@ -18,8 +18,9 @@ def export_denoiser(model: UNet | ViT, process: DDPMScheduler, folder: Path) -> 
     """Write a denoiser and its diffusion process into `folder`, which is replaced as a whole.
 
     A U-Net becomes a pipeline that diffusers' `DDPMPipeline.from_pretrained` and `DDIMPipeline.from_pretrained` load.
-    Calling a pipeline cannot choose classes; of a class-conditional one, call `pipeline.unet`. diffusers has no such
-    transformer, so a ViT becomes model.safetensors, config.json and scheduler/, which only `load_denoiser` reads.
+    A pipeline cannot be asked for classes: to sample from a class-conditional model, call `pipeline.unet`. diffusers
+    has no transformer like ours, so a ViT becomes model.safetensors, config.json and scheduler/, which only
+    `load_denoiser` reads.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with replacing_folder(folder) as beside:

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there. Single files are written by `w2s.record.replacing`."""
+"""Folders that appear complete or not at all. Single files are written by `w2s.record.replacing`."""
 
 import contextlib
 import os

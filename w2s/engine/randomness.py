@@ -26,9 +26,9 @@ def mix_seed(*key: int) -> int:
 
 @contextlib.contextmanager
 def own_randomness() -> Iterator[None]:
-    """Let a block reseed the CPU generators, and put back their states afterwards.
+    """Let a block reseed the CPU generators, and restore their states afterwards.
 
-    With 0 workers the main process loads the data, and its own generators must not notice.
+    With 0 workers the main process loads the data, which must not change the state of its own generators.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

@@ -125,7 +125,7 @@ class Job:
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Leave gradients unsynchronised but for the last micro-batch of an update."""
+        """Synchronise gradients only in the last micro-batch of an update."""
         with contextlib.nullcontext() if last else self.run.accelerator.no_sync(self.model):
             yield
 

@@ -71,7 +71,7 @@ class CachedSplit(Dataset):
             epoch, batch = epoch + 1, 0
 
     def eval_batches(self, *, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every rank-th image in order, as it is: each exactly once over all processes."""
+        """The images of this rank in order and without augmentation; all ranks together yield each image once."""
         for rows in torch.arange(rank, len(self), world, device=self.images.device).split(batch_size):
             yield self._normalise(self.images[rows]), self.targets[rows]
 

@@ -205,7 +205,7 @@ def _refuse_empty_classes(targets: np.ndarray, split: str, *, num_classes: int, 
 
 
 def _load_stream(args, train_transform: Callable, report_transform: Callable, *, cache: str) -> ImageData:
-    """Shards read in sequence: without random access, the switch split must be a split of its own."""
+    """The data of a stream. It has no random access, so that the switch split must be a split of its own."""
     if args.num_classes is None:
         raise InputError(f"--dataset {args.dataset} is a stream: give --num-classes")
     if args.train_samples is not None:

@@ -1,4 +1,4 @@
-"""Streams: datasets whose shards are read in sequence, as large ones are kept on slow disks and on the hub."""
+"""Streams: datasets whose shards are read in sequence, for large data on slow disks or on the hub."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -479,7 +479,7 @@ def test_as_many_runs_at_a_time_as_jobs_and_one_may_be_waited_for(tmp_path):
     assert (done.returncode, done.stdout.split()) == (0, ["long", "short", "1", "next", "over:"]), done.stderr
 
 
-@pytest.mark.parametrize(("script", "runs"), [("quickstart.sh", 7), ("digits_det.sh", 10), ("digits_diffusion.sh", 8)])
+@pytest.mark.parametrize(("script", "runs"), [("quickstart.sh", 5), ("digits_det.sh", 10), ("digits_diffusion.sh", 8)])
 def test_every_run_begins_with_its_recipe_once(script, runs, tmp_path):
     calls, done = many(tmp_path, script)
     assert done.returncode == 0, done.stderr
@@ -488,6 +488,24 @@ def test_every_run_begins_with_its_recipe_once(script, runs, tmp_path):
     for call in trained:
         parser = importlib.import_module(call.split(".")[0]).build_parser()
         assert parser.parse_recipe(call.split()[1:]).resume == "auto"
+
+
+def test_quickstart_on_cifar10_takes_a_folder(tmp_path):
+    calls, done = many(tmp_path, "quickstart.sh", "cifar10", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    runs = parsed(calls)
+    assert {run.dataset for run in runs} == {f"hfds/{tmp_path}"}
+    assert {Path(run.config).stem for run in runs} == {f"cifar10_muon_{arm}" for arm in ("teacher", "baseline", "w2s")}
+    assert {run.teacher for run in runs} == {None, f"{tmp_path}/out/cifar10_muon_teacher-seed0"}
+    assert calls[-1].startswith(f"-m w2s.compare --arm baseline={tmp_path}/out/cifar10_muon_baseline-seed0 ")
+    assert done.stdout.splitlines()[-1] == f"{tmp_path}/out/cifar10_muon/curves.png"
+
+
+@pytest.mark.parametrize("words", [("imagenet",), ("cifar10", "/no/such/folder"), ("digits", "/tmp")])
+def test_quickstart_refuses_what_it_does_not_know(words, tmp_path):
+    done = bash(f"bash recipes/quickstart.sh {' '.join(words)}", OUTPUT=tmp_path / "no")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert not (tmp_path / "no").exists()
 
 
 def test_controls_runs_every_arm_and_compares_them(tmp_path):

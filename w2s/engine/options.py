@@ -17,6 +17,7 @@ from w2s.engine.parsing import (
     positive_int,
     share,
 )
+from w2s.engine.trackers import TRACKERS
 
 
 def add_run_options(parser: Parser) -> None:
@@ -40,7 +41,14 @@ def add_run_options(parser: Parser) -> None:
         help="save every N updates, too; 0: only after evaluations",
     )
     group.add_argument("--log-interval", type=positive_int, default=50, metavar="N", help="updates between log lines")
-    group.add_argument("--log-with", choices=["wandb", "tensorboard", "all"], help="trackers beside metrics.csv")
+    group.add_argument(
+        "--log-with",
+        nargs="+",
+        choices=[*TRACKERS, "all"],
+        metavar="NAME",
+        help=f"trackers: {', '.join(TRACKERS)}; all",
+    )
+    group.add_argument("--push-to-hub", metavar="NAME", help="share the finished run there, with a model card")
     group.add_argument("--project", metavar="NAME", default="w2s", help="tracker project")
     group.add_argument("--group", metavar="NAME", help="W&B group, one for all arms (default: task, data and model)")
 
@@ -156,8 +164,11 @@ def add_kd_options(
     """
     group = parser.add_group_needing("teacher", "distillation (off without --teacher)")
     group.add_argument("--teacher", metavar="RUN_OR_FILE", help=teacher)
-    group.add_argument("--teacher-model", metavar="NAME", help="timm architecture of a --teacher file")
+    group.add_argument(
+        "--teacher-model", metavar="NAME", help="architecture of a --teacher file: a timm NAME or torchvision/NAME"
+    )
     group.add_argument("--teacher-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="its kwargs")
+    group.add_argument("--teacher-classes", metavar="FILE", help="says which of its classes are those of the data")
     group.add_argument(
         "--teacher-score", type=float, metavar="X", help="its known held-out metric, if it saw the switch split"
     )

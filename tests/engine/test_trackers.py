@@ -83,11 +83,10 @@ def test_trackers_are_named_by_one_or_several_or_all_and_must_be_installed(monke
 
 def test_trackio_gets_every_evaluation_and_goes_on_after_a_resume(tmp_path):
     pytest.importorskip("trackio")
-    command = words(
-        DIGITS, RESNET, "--recovery-interval 3 --log-with trackio tensorboard --name run --output", tmp_path
-    )
+    options = "--recovery-interval 3 --evals-per-epoch 2 --log-with trackio tensorboard --name run --output"
+    command = words(DIGITS, RESNET, options, tmp_path)
     env = {"TRACKIO_DIR": tmp_path / "trackio"}
-    process = start_script("train_cls", tmp_path / "log", command, "--evals-per-epoch 2", env=env)
+    process = start_script("train_cls", tmp_path / "log", command, env=env)
     folder = tmp_path / "run"
     assert process.wait_for((folder / "checkpoints" / "update-00000003").exists), process.text
     process.kill(signal.SIGTERM)

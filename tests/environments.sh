@@ -11,7 +11,7 @@ root=$PWD
 folder=$(realpath "${1:-$(mktemp -d)}")
 export ACCELERATE_USE_CPU=true HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 
-# 1.0.29 admits 1.0.29.post1 only, 2.11 admits 2.11.1: the oldest minor version, with its mends
+# the oldest minor version, with its fixes: >=2.11 becomes ==2.11.*
 sed 's/>=\(.*\)/==\1.*/' requirements.txt > "$folder/oldest.txt"
 : > "$folder/newest.txt"
 
@@ -40,9 +40,11 @@ PYTHON
     bin/w2s-compare --help > /dev/null
     cd "$root"
     local python="$run/bin/python"
-    "$python" train_cls.py -c recipes/digits_w2s.yaml --teacher resnet10t --output "$run/out" --dry-run
+    "$python" train_cls.py -c recipes/digits_teacher.yaml --output "$run/out" --name teacher --epochs 1
+    "$python" train_cls.py -c recipes/digits_w2s.yaml --teacher "$run/out/teacher" --dry-run
     "$python" train_det.py -c recipes/digits_det_baseline.yaml --output "$run/out" --dry-run
-    "$python" train_diffusion.py -c recipes/digits_diffusion_baseline.yaml --output "$run/out" --dry-run
+    "$python" train_diffusion.py -c recipes/digits_diffusion_baseline.yaml --fd-features "$run/out/teacher" \
+        --output "$run/out" --dry-run
     rm -r "$run"
     echo "ok: $name"
 }

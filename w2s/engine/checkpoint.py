@@ -54,7 +54,7 @@ def locate(
         own = checkpoint.resolve().parent == (folder / "checkpoints").resolve()
         if not own and _is_occupied(folder):
             raise InputError(f"{folder} holds a run of its own, not that of {resume}; choose another --name")
-    elif _is_occupied(folder):
+    elif _is_occupied(folder) and not _came_to_nothing(folder):
         if not (folder / "args.yaml").is_file():
             raise InputError(f"{folder} is not empty and holds no run; choose another --name or --output")
         if not resume:
@@ -194,6 +194,12 @@ def _check_same_options(options: dict, before: dict, where: str) -> None:
 def _is_occupied(folder: Path) -> bool:
     """Whether a folder holds more than a file that a kill left half-written."""
     return folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir())
+
+
+def _came_to_nothing(folder: Path) -> bool:
+    """Whether a folder holds a run that failed before its first checkpoint; its name may be used again."""
+    failed = _read_json(folder / "summary.json").get("status") == "failed"
+    return failed and not any((folder / "checkpoints").glob("update-*"))
 
 
 def _read_options(path: Path) -> dict:

@@ -34,6 +34,7 @@ def call_main(main: Callable[[], None]) -> None:
         sys.excepthook(*sys.exc_info())
         _mark_failed(error)
         code = 1
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error in this process for each worker's end
     for worker in multiprocessing.active_children():
         worker.kill()  # loader workers ignore SIGTERM, and the interpreter would wait for them for ever
     if code != 1 and torch.distributed.is_available() and torch.distributed.is_initialized():

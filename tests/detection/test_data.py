@@ -108,6 +108,23 @@ def test_a_dry_run_evaluates_few_images(tmp_path):
     assert len(open_report(data_options("--dry-run", words, folder), first_label=0)) == 4
 
 
+def test_a_subset_to_train_on_is_the_same_in_all_arms(tmp_path):
+    images = [{"id": k, "file_name": f"{k}.png", "width": 8, "height": 8} for k in range(20)]
+    annotations = [{"id": k, "image_id": k, "category_id": 1, "bbox": [1, 1, 4, 4]} for k in range(20)]
+    data = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+    folder = write_coco(tmp_path / "set", data)
+
+    def opened(words: str):
+        return open_training_data(data_options(words, "--switch-split 0.1 --data", folder), first_label=0)
+
+    whole, few, again = opened("--seed 1"), opened("--train-samples 5 --seed 2"), opened("--train-samples 5 --seed 3")
+    assert few.train.rows == again.train.rows == sorted(set(few.train.rows)) and len(few.train.rows) == 5
+    assert set(few.train.rows) < set(whole.train.rows) and few.switch.rows == whole.switch.rows
+    assert few.train.rows != opened("--train-samples 5 --switch-seed 1").train.rows
+    with pytest.raises(InputError, match="--train-samples 20: only 18 images"):
+        opened("--train-samples 20")
+
+
 def test_the_switch_split_depends_on_data_and_seed_only():
     generator = np.random.default_rng(0)
     labels = [generator.integers(0, 5, generator.integers(0, 4)) for _ in range(200)]

@@ -149,6 +149,7 @@ def split_detection(
     switch_seed: int,
     keep_empty: bool,
     check_images: int,
+    samples: int | None = None,
     limit: int | None = None,
 ) -> DetectionData:
     """Cut the images of a training into its splits, and decode some of each as a check.
@@ -161,10 +162,12 @@ def split_detection(
         switch_fraction, switch_seed: see `hold_out_images`.
         keep_empty: train on images without boxes, too.
         check_images: how many images of a split to decode, see `check_decodable_images`.
+        samples: train on so many images, the same ones for the same `switch_seed`; on all of them if None.
         limit: evaluate no more images of a split than so many, for a dry run.
 
     Raises:
-        InputError: the classes of the two differ, the fraction is impossible, or an image cannot be read.
+        InputError: the classes of the two differ, the fraction or the number of samples is impossible, or an image
+            cannot be read.
     """
     if report.category_ids != train.category_ids or report.classes != train.classes:
         different = [name for name in report.classes if name not in train.classes] or ["in another order"]
@@ -172,6 +175,10 @@ def split_detection(
     train_rows, switch_rows = hold_out_images(train.labels, switch_fraction, switch_seed)
     if not keep_empty:
         train_rows = [row for row in train_rows if len(train.boxes[row])]
+    if samples is not None:
+        if samples > len(train_rows):
+            raise InputError(f"--train-samples {samples}: only {len(train_rows)} images are there to train on")
+        train_rows = sorted(np.random.default_rng(switch_seed).permutation(train_rows)[:samples].tolist())
     switch_rows = switch_rows[:limit]
     check_decodable_images(train, train_rows + switch_rows, check_images)
     report_split = reporting_split(report, first_label=first_label, check_images=check_images, limit=limit)

@@ -38,6 +38,7 @@ def add_detection_data_options(parser: Parser) -> None:
     group.add_argument("--input-key", metavar="KEY", help="column of the image (default: image)")
     group.add_argument("--target-key", metavar="KEY", help="column of the objects (default: objects)")
     group.add_argument("--bbox-format", choices=["xywh", "xyxy"], default="xywh", help="of hfds/...")
+    group.add_argument("--train-samples", type=positive_int, metavar="N", help="a seeded subset (default: all)")
     add_switch(group, "--fix-boxes", "drop boxes without area and clip those that reach outside, instead of stopping")
     add_switch(group, "--keep-empty", "train on images without boxes, too")
     group.add_argument(
@@ -63,6 +64,7 @@ def open_training_data(args: argparse.Namespace, first_label: int) -> DetectionD
         switch_fraction=switch_fraction(args.switch_split),
         switch_seed=args.switch_seed,
         keep_empty=args.keep_empty,
+        samples=args.train_samples,
         check_images=args.check_images,
         limit=_evaluation_limit(args),
     )

@@ -16,7 +16,6 @@ Without --teacher this trains a baseline, which is also how a teacher is made.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from torch.utils.data import Dataset
 
 from w2s.distillation import Distillation
 from w2s.engine.errors import InputError
+from w2s.engine.evaluation import parse_options
 from w2s.engine.main import call_main
 from w2s.engine.optim import build_optimizer, scaled_lr
 from w2s.engine.options import (
@@ -48,7 +48,15 @@ from w2s.engine.training import Job
 from w2s.images.augmentation import build_criterion, build_data_config, build_mixup
 from w2s.images.data import ImageData, load_data, set_config
 from w2s.images.loading import eval_loader, train_batches
-from w2s.images.models import classifier_flops, create_model, export, find_model, load_weights, pretrained_cfg
+from w2s.images.models import (
+    checkpoint_gradients,
+    classifier_flops,
+    create_model,
+    export,
+    find_model,
+    load_weights,
+    pretrained_cfg,
+)
 from w2s.images.options import (
     add_augmentation_options,
     add_classification_data_options,
@@ -58,7 +66,6 @@ from w2s.images.options import (
 from w2s.images.teacher import ImageTeacher, build_image_teacher
 from w2s.losses import kl_softmax
 
-METRICS = ("top1", "top5", "eval_loss")
 COMMON_OPTIONS = (  # --help begins with these
     *("dataset", "data_dir", "model", "epochs", "batch_size", "lr", "teacher", "teacher_model", "target", "resume"),
 )
@@ -106,7 +113,7 @@ def resolve(args) -> dict:
 
 def build_student(args, data_config: dict, data: ImageData) -> nn.Module:
     """The student, with the data config of this run as its pretrained_cfg, so that an export is complete."""
-    kwargs = {**args.model_kwargs, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    options = {"drop_rate": args.drop, "drop_path_rate": args.drop_path, "global_pool": args.gp}
     student = create_model(
         args.model,
         data.num_classes,
@@ -114,10 +121,12 @@ def build_student(args, data_config: dict, data: ImageData) -> nn.Module:
         img_size=data_config["input_size"][-1],
         small_stem=args.small_stem,
         pretrained=args.pretrained,
-        model_kwargs={k: v for k, v in kwargs.items() if v is not None},
+        model_kwargs=args.model_kwargs | {k: v for k, v in options.items() if v is not None},
     )
     if start := args.initial_checkpoint:
         load_weights(student, find_model(start) / "model.safetensors" if Path(start).is_dir() else Path(start))
+    if args.grad_checkpointing:
+        checkpoint_gradients(student)
     set_config(student, data_config, data.classes)
     return student
 
@@ -221,12 +230,10 @@ def validate(args, run: Run, model: Callable[[Tensor], Tensor], dataset: Dataset
 
 
 def evaluate_only(args, run: Run, student: nn.Module, data: ImageData) -> None:
-    """--eval-only: print the metrics of --initial-checkpoint, --pretrained or the run's own model."""
-    if not (args.initial_checkpoint or args.pretrained):
-        load_weights(student, find_model(str(run.folder)) / "model.safetensors")
+    """--eval-only: print the metrics of a model."""
     metrics = validate(args, run, student.eval(), data.report)
     if run.is_main:
-        print(json.dumps(metrics))
+        print(json.dumps({name: metrics[name] for name in data.metrics}))
 
 
 def flops_of(args, data_config: dict, student: nn.Module, kd: Distillation, batch: int) -> dict[str, int]:
@@ -261,12 +268,12 @@ def fit(args, job: Job, data: ImageData) -> None:
                 metrics = validate(args, run, student, data.report)
                 if kd.active:  # is the student better than the teacher on the switch split?
                     kd.observe(validate(args, run, student, data.switch)["top1"], update=job.update)
-                job.evaluated(metrics)
+                job.evaluated({name: metrics[name] for name in data.metrics})
             job.save()
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_recipe(argv)
+    args = parse_options(build_parser(), argv)
     data_config = resolve(args)
     targets = check_targets(args, metric="top1", low=0.0, high=100.0)
     phase = early_phase(args, length=args.epochs, mode="max")
@@ -299,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         report=data.report,
         switch=data.switch,
         metric="top1",
-        standard_error=lambda top1: math.sqrt(top1 * (100 - top1) / max(data.sizes["switch"], 1)),
+        switch_images=data.sizes["switch"],
     )
     flops = run.state["flops"] if run.state else flops_of(args, data_config, student, kd, plan.batch)
 
@@ -307,7 +314,8 @@ def main(argv: list[str] | None = None) -> None:
     job = build_job(args, run, plan, kd, student=student, optimizer=optimizer, scheduler=scheduler, flops=flops)
     job.resume()
     job.describe(args.model, f"{args.opt} lr {lr:.4g} {args.sched}", data.sizes, targets, metric="top1")
-    run.open(metric="top1", mode="max", targets=targets, reported=METRICS, facts={**job.facts(), "data": data.sizes})
+    reported, facts = data.metrics, {**job.facts(), "data": data.sizes}
+    run.open(metric="top1", mode="max", targets=targets, reported=reported, facts=facts)
     fit(args, job, data)
     job.finish()
 

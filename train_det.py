@@ -19,7 +19,6 @@ warm-up, steps at epochs 16 and 22 of 26.
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,6 +56,7 @@ from w2s.detection.options import (
 from w2s.detection.teacher import DetectorTeacher, build_detector_teacher
 from w2s.detection.terms import distillation_terms
 from w2s.distillation import Distillation
+from w2s.engine.evaluation import parse_options
 from w2s.engine.main import call_main
 from w2s.engine.optim import build_optimizer, scaled_lr
 from w2s.engine.options import add_kd_options, add_run_options, check_targets, run_name
@@ -221,9 +221,9 @@ def evaluate_only(args, run: Run, config: DetectorConfig, *, named: bool, sizes:
     """--eval-only: print the 12 metrics, write detections.json and predictions.png.
 
     They go into the run folder if the run was `named`, and otherwise beside the model. An exported model gets images of
-    its own size, except for the `sizes` that the command line itself names.
+    its own size, except for the `sizes` that are asked for.
     """
-    path = Path(args.initial_checkpoint or run.folder)
+    path = Path(args.initial_checkpoint)
     if path.is_file():
         check_buildable(config)
         report = open_report(args, config.kind.first_label)
@@ -264,18 +264,15 @@ def fit(args, job: Job, data: DetectionData) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = build_parser()
-    args = parser.parse_recipe(argv)
-    named = bool(args.name)
+    args = parse_options(build_parser(), argv)
+    named, sizes = bool(args.name), {name: getattr(args, name) for name in ("min_size", "max_size")}
     config = resolve(args)
     metric = args.switch_metric
     targets = check_targets(args, metric=metric, low=0.0, high=100.0)
     phase = early_phase(args, length=args.epochs, mode="max")
     run = Run(args, task="det")
     if args.eval_only:
-        typed = vars(parser.parse_args(argv))  # a recipe's sizes are those of a training
-        sizes = {name: typed[name] for name in ("min_size", "max_size") if typed[name]}
-        evaluate_only(args, run, config, named=named, sizes=sizes)
+        evaluate_only(args, run, config, named=named, sizes={name: size for name, size in sizes.items() if size})
         return
 
     # data and student; the config is checked before the data, which may take minutes to read
@@ -307,8 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         report=data.report,
         switch=data.switch,
         metric=metric,
-        # roughly: as if AP were the share of images that are right
-        standard_error=lambda score: math.sqrt(max(score, 0) * (100 - score) / data.sizes["switch"]),
+        switch_images=data.sizes["switch"],
     )
     flops = run.state["flops"] if run.state else detection_flops(student, kd.teacher, data.train, batch=plan.batch)
 

@@ -40,6 +40,7 @@ from w2s.diffusion.process import as_epsilon, denoising_loss, draw_noise, noise_
 from w2s.diffusion.teacher import DenoiserTeacher
 from w2s.distillation import Distillation
 from w2s.engine.errors import InputError, on_one_line
+from w2s.engine.evaluation import parse_options
 from w2s.engine.main import call_main
 from w2s.engine.optim import build_optimizer, scaled_lr
 from w2s.engine.options import add_kd_options, add_optimizer_options, add_run_options, check_targets, run_name
@@ -212,11 +213,8 @@ def evaluate(job: Job, judge: Judge) -> None:
         log_picture(run.accelerator, "samples", picture, job.update)
 
 
-def evaluate_only(args, run: Run, student: nn.Module, process: DDPMScheduler, judge: Judge) -> None:
-    """--eval-only: print the distances of --initial-checkpoint, or else of the run's own model."""
-    if not args.initial_checkpoint:
-        model, _ = load_compatible(str(run.folder), student, process, source=str(run.folder))
-        student = model.to(run.device)
+def evaluate_only(run: Run, student: nn.Module, judge: Judge) -> None:
+    """--eval-only: print the distances of a model."""
     metrics = judge.reported_distances(student.eval())
     if run.is_main:
         print(json.dumps(metrics))
@@ -245,7 +243,7 @@ def fit(args, job: Job, data: DiffusionData, process: DDPMScheduler, judge: Judg
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_recipe(argv)
+    args = parse_options(build_parser(), argv)
     resolve(args)
     phase = early_phase(args, length=args.updates, mode="min")
     process = noise_schedule(args.betas, args.diffusion_steps, args.prediction)
@@ -259,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     judge = build_judge(args, run.accelerator, data=data, process=process, checkpoint=run.checkpoint)
     targets = check_targets(args, metric=judge.metric, low=0.0, high=math.inf)
     if args.eval_only:
-        evaluate_only(args, run, student, process, judge)
+        evaluate_only(run, student, judge)
         return
 
     # updates, optimiser, learning rate

@@ -157,7 +157,7 @@ def preempted_run(update: int, output: Path, name: str, *parts: object) -> Path:
 def baseline(tmp_path_factory) -> tuple[Path, list]:
     """A finished run without a teacher, evaluated twice an epoch, and its forwards."""
     with forwards() as seen:
-        folder = run(tmp_path_factory.mktemp("baseline"), "baseline", "--evals-per-epoch 2 --target 0.5 99.5")
+        folder = run(tmp_path_factory.mktemp("baseline"), "baseline", "--evals-per-epoch 2 --target top1=0.5 99.5")
     return folder, seen
 
 
@@ -212,6 +212,16 @@ def test_baseline_summary_json(baseline):
     assert summary["environment"]["processes"] == 1
     model = timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
     assert summary["params"] == sum(p.numel() for p in model.parameters())
+
+
+def test_the_first_lines_say_what_will_happen(baseline):
+    first, data, targets, *_ = (baseline[0] / "log.txt").read_text().splitlines()
+    assert first.startswith("baseline: resnet10t (0.0") and " on cpu in float32; adamw lr 0.003 cosine; " in first
+    assert first.endswith("8 updates of 32 images, 4 an epoch")
+    assert data == (
+        "data: 128 images to train on, 20 held out for the switch-off, 597 to report on; the raw weights are evaluated"
+    )
+    assert targets.startswith("first@tau of top1 at 0.5, 99.5; PFLOPs an update: student ") and "teacher" not in targets
 
 
 def test_baseline_files(baseline):
@@ -373,7 +383,7 @@ def test_the_teacher_is_in_no_file_of_the_student(treated, baseline):
 
 
 SURPASS = (  # a bar so low that every evaluation is won: off at the second one
-    "--switch-split 0.1 --teacher-score 0.5 --kd-weight 2 --kd-warmup 0 --kd-hold 2 --kd-decay 0 --kd-patience 2 "
+    "--switch-split 0.1 --teacher-score 1 --kd-weight 2 --kd-warmup 0 --kd-hold 2 --kd-decay 0 --kd-patience 2 "
     "--evals-per-epoch 2"
 )
 
@@ -430,7 +440,7 @@ def test_while_distilling_a_resume_needs_the_teacher(tmp_path, tiny_teacher):
 def test_kd_weight_zero_is_bit_equal_to_no_teacher(tmp_path, tiny_teacher, baseline):
     plain, seen = baseline
     with forwards() as mine:
-        options = "--evals-per-epoch 2 --target 0.5 99.5 --kd-weight 0 --kd-patience 99 --teacher"
+        options = "--evals-per-epoch 2 --target top1=0.5 99.5 --kd-weight 0 --kd-patience 99 --teacher"
         folder = run(tmp_path, "zero", options, tiny_teacher)
     params = read_summary(folder)["teacher"]["params"]
     first_training = next(i for i, (_, training, _) in enumerate(mine) if training)
@@ -565,7 +575,9 @@ def test_a_resume_within_an_epoch_ends_in_the_same_bits(feature, tmp_path, tiny_
 
 
 def test_sigterm_saves_and_exits_75(tmp_path, baseline):
-    command = words(DIGITS, RESNET, "--evals-per-epoch 2 --target 0.5 99.5 --recovery-interval 3 --output", tmp_path)
+    command = words(
+        DIGITS, RESNET, "--evals-per-epoch 2 --target top1=0.5 99.5 --recovery-interval 3 --output", tmp_path
+    )
     command += ["--name", "run"]
     process = start_script("train_cls", tmp_path / "log", command)
     assert process.wait_for((tmp_path / "run" / "checkpoints" / "update-00000003").exists), process.text
@@ -617,7 +629,7 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path, baseline):
     folder = shutil.copytree(baseline[0], tmp_path / "baseline")
     before = snapshot(folder)
     with pytest.raises(Finished):
-        run(tmp_path, "baseline", "--evals-per-epoch 2 --target 0.5 99.5 --resume auto")
+        run(tmp_path, "baseline", "--evals-per-epoch 2 --target top1=0.5 99.5 --resume auto")
     assert snapshot(folder) == before
 
 
@@ -998,6 +1010,24 @@ def test_an_image_folder_trains(tmp_path):
     data = image_folder(tmp_path / "data")
     call_script(train_cls.main, RESNET, FOLDER, data, "--name run --output", tmp_path)
     assert read_summary(tmp_path / "run")["data"] == {"train": 14, "switch": 2, "report": 8}
+    assert "top5" not in read_rows(tmp_path / "run")[0]  # which is 100 of two classes
+
+
+def test_pooling_and_gradient_checkpointing_as_in_timm(tmp_path):
+    plain, checkpointed, pooled = (
+        run(tmp_path, name, more, "--epochs 1 --img-size 64")
+        for name, more in (("plain", ""), ("checkpointed", "--grad-checkpointing"), ("pooled", "--gp max"))
+    )
+    rows = [timeless(folder)[-1] for folder in (plain, checkpointed, pooled)]
+    assert float(rows[0]["train_loss"]) == pytest.approx(float(rows[1]["train_loss"]), rel=1e-4)
+    assert rows[0]["train_loss"] != rows[2]["train_loss"]
+    model = timm.create_model(f"local-dir:{pooled / 'model'}", pretrained=True)
+    assert model.global_pool.pool_type == "max"
+
+
+def test_gradient_checkpointing_where_there_is_none_is_refused(tmp_path):
+    message = refusal(DIGITS, "--model dla34 --grad-checkpointing --output", tmp_path)
+    assert "--grad-checkpointing" in message
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -1022,6 +1052,10 @@ def test_a_corrupt_image_is_named_in_training_too(tmp_path):
     (line,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
     assert "corrupt image" in line and "class1/" in line and "Traceback" not in process.text
     assert read_summary(tmp_path / "out" / "run")["status"] == "failed"  # else slurm.sh would launch it again
+    # it trained nothing, so the name is free for another attempt
+    other = image_folder(tmp_path / "other")
+    call_script(train_cls.main, RESNET, FOLDER, other, "--name run --output", tmp_path / "out")
+    assert read_summary(tmp_path / "out" / "run")["status"] == "finished"
 
 
 def test_a_corrupt_image_found_late_leaves_the_checkpoint_and_the_run_goes_on_once_it_is_mended(tmp_path, monkeypatch):
@@ -1079,7 +1113,7 @@ def test_an_output_folder_that_is_taken_is_refused(baseline):
     folder = baseline[0]
     before = snapshot(folder)
     command = words(DIGITS, RESNET, "--name baseline --output", folder.parent)
-    assert "--resume auto" in refusal(command, "--evals-per-epoch 2 --target 0.5 99.5")
+    assert "--resume auto" in refusal(command, "--evals-per-epoch 2 --target top1=0.5 99.5")
     message = refusal(command, "--resume auto --evals-per-epoch 1")
     assert "different run" in message
     assert snapshot(folder) == before
@@ -1104,7 +1138,7 @@ def test_an_output_that_cannot_be_is_refused(what, resume, tmp_path):
 
 
 def test_resume_of_a_folder_that_is_no_checkpoint_is_refused(tmp_path, baseline):
-    command = words(DIGITS, RESNET, "--evals-per-epoch 2 --target 0.5 99.5 --name run --output", tmp_path / "out")
+    command = words(DIGITS, RESNET, "--evals-per-epoch 2 --target top1=0.5 99.5 --name run --output", tmp_path / "out")
     folder = baseline[0]
     assert "no checkpoint" in refusal(command, "--resume", folder)  # a run is none
     broken = shutil.copytree(folder / "checkpoints" / "update-00000006", tmp_path / "broken")
@@ -1135,7 +1169,7 @@ def test_the_command_itself(tmp_path, baseline):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and "'epoch'" in line
 
-    command = words(DIGITS, RESNET, "--evals-per-epoch 2 --target 0.5 99.5 --resume auto --name baseline --output")
+    command = words(DIGITS, RESNET, "--evals-per-epoch 2 --target top1=0.5 99.5 --resume auto --name baseline --output")
     done = run_script("train_cls", command, baseline[0].parent)
     assert (done.returncode, done.stdout) == (0, "")
     assert "finished" in done.stderr and "error" not in done.stderr
@@ -1204,6 +1238,15 @@ def test_eval_only_prints_one_json_line(baseline, tmp_path, capsys):
         metrics = json.loads(out)
         assert metrics == pytest.approx({name: float(row[name]) for name in ("top1", "top5", "eval_loss")}, rel=1e-6)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_only_takes_size_model_and_data_from_the_run(baseline, tmp_path, capsys):
+    last, options = read_rows(baseline[0])[-1], words("--eval-only --workers 0 --initial-checkpoint", baseline[0])
+    call_script(train_cls.main, options)
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics == pytest.approx({name: float(last[name]) for name in metrics}, rel=1e-6) and len(metrics) == 3
+    call_script(train_cls.main, options, "--img-size 24")
+    assert json.loads(capsys.readouterr().out) != metrics
 
 
 def test_tensorboard_gets_every_evaluation(tmp_path):

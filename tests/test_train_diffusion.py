@@ -145,9 +145,9 @@ def test_samples_are_a_picture_of_twelve(baseline):
     assert grid.shape == (6 * 22, 6 * 82, 3) and len(np.unique(grid)) > 10
 
 
-def test_eval_only_prints_the_last_evaluation(baseline, run, capsys):
+def test_eval_only_prints_the_last_evaluation(baseline, capsys):
     folder = baseline[0]
-    run(folder.parent, folder.name, "--eval-only")
+    call_script(train_diffusion.main, "--eval-only --workers 0 --output", folder.parent, "--name", folder.name)
     row, printed = read_rows(folder)[-1], json.loads(capsys.readouterr().out)
     assert set(printed) == {LABEL, "mmd12_digits-resnet10t"}
     for name, value in printed.items():  # the exported model is in another memory format than the trained one was

@@ -46,7 +46,7 @@ def folder(tmp_path_factory, tiny_teacher) -> Path:
     """A taught run that crosses one target of two, and whose teacher falls silent half-way."""
     output = tmp_path_factory.mktemp("dashboard")
     options = (
-        "--epochs 1 --evals-per-epoch 4 --kd-warmup 0 --kd-hold 0.5 --kd-decay 0 --kd-patience 9 --target 0.5 99.9"
+        "--epochs 1 --evals-per-epoch 4 --kd-warmup 0 --kd-hold 0.5 --kd-decay 0 --kd-patience 9 --target top1=0.5 99.9"
     )
     call_script(
         *(train_cls.main, DIGITS, RESNET, options, "--log-with wandb --seed 3 --name run --output", output),

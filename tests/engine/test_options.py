@@ -1,6 +1,7 @@
 """Recipes and command lines, their refusals in one line."""
 
 import argparse
+import math
 import re
 from importlib import import_module
 
@@ -315,7 +316,9 @@ def test_a_parser_of_ones_own_reads_recipes_too(tmp_path):
 
 
 def test_targets_are_numbers_with_or_without_the_metrics_name():
-    assert parse_targets(["65", "top1=80.5", "100"], "top1", 0, 100) == [65.0, 80.5, 100.0]
+    assert parse_targets(["65", "top1=80.5", "100", "1"], "top1", 0, 100) == [65.0, 80.5, 100.0, 1.0]
+    assert parse_targets(["top1=0.8"], "top1", 0, 100) == [0.8]
+    assert parse_targets(["0.8"], "fid10k", 0, math.inf) == [0.8]
 
 
 @pytest.mark.parametrize(
@@ -329,6 +332,7 @@ def test_targets_are_numbers_with_or_without_the_metrics_name():
         ("100.5", ("100.5",)),
         ("nan", ("nan",)),
         ("inf", ("inf",)),
+        ("0.8", ("0.8 percent? Write 80", "top1=0.8")),
     ],
 )
 def test_an_impossible_target_is_refused(value, words):

@@ -2,9 +2,11 @@
 
 import pytest
 from helpers import refused
+from torch import nn
 
 from train_cls import build_parser
-from w2s.engine.teaching import early_phase, kd_window
+from w2s.engine.teaching import early_phase, kd_window, score_teacher
+from w2s.teacher import Teacher
 
 
 def phase(words: str = "", length: float = 100):
@@ -60,3 +62,30 @@ def test_an_infinite_weight_or_window_is_refused(words):
 
 def test_without_a_teacher_there_is_no_phase():
     assert early_phase(build_parser().parse_recipe([]), length=10, mode="max") is None
+
+
+@pytest.mark.parametrize(
+    ("score", "images", "parts"),
+    [
+        (100.0, 3, ("no student can beat a teacher of 100", "on 3 images", "33 points", "--switch-split")),
+        (100.0, 400, ("no student can beat a teacher of 100",)),
+        (90.0, 10, ("on 10 images", "10 points")),
+        (99.75, 400, ()),
+        (1e9, None, ()),  # a distance
+    ],
+)
+def test_a_switch_split_that_decides_nothing_is_named_in_one_warning(score, images, parts, run_of, capsys):
+    teacher = Teacher(nn.Linear(2, 2), name="net", source="here", device="cpu")
+    score_teacher(
+        teacher,
+        run_of(),
+        metric="top1",
+        mode="max",
+        evaluate={"report": score, "switch": score}.get,
+        report="report",
+        switch="switch",
+        images=images,
+    )
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == (1 if parts else 0)
+    assert all(part in warnings[0] for part in parts)

@@ -121,6 +121,17 @@ def test_an_image_folder_is_read_with_its_classes_in_order(tmp_path):
     assert targets_in(data.report) == [0, 1, 2, 2]
 
 
+def test_a_class_map_chooses_the_classes_and_their_order(tmp_path):
+    root = picture_folder(tmp_path, train={"cat": 4, "ant": 3, "bee": 5}, val={"cat": 2, "ant": 1, "bee": 1})
+    (tmp_path / "map.txt").write_text("cat\nant\n")
+    data = load("", root, class_map=str(tmp_path / "map.txt"))
+    assert data.num_classes == 2 and targets_in(data.report) == [1, 0, 0]
+    with refused("--class-map", "digits"):
+        load(class_map=str(tmp_path / "map.txt"))
+    with refused("nowhere.txt"):
+        load("", root, class_map="nowhere.txt")
+
+
 def test_a_class_that_the_reporting_split_lacks_is_refused(tmp_path):
     root = picture_folder(tmp_path, train={"ant": 3, "bee": 3, "cat": 3}, val={"ant": 1, "bee": 0, "cat": 2})
     with refused("class 'bee'", "split 'validation'", "no image"):

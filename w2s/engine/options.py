@@ -205,7 +205,7 @@ def add_kd_options(
 def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     """timm's optimiser and schedule options, under timm's names. The schedule runs on updates.
 
-    In epochs --decay-* have timm's defaults; in updates None, for the script to fill in as shares of its run.
+    In epochs --decay-* suit a run of 100; in updates they are None, for the script to fill in as shares of its run.
     """
     decay, milestones = (30.0, [30.0, 60.0]) if unit == "epochs" else (None, None)
     shares = ("", "") if unit == "epochs" else (" (default: 30%% of the run)", " (default: 30%% and 60%% of the run)")
@@ -251,7 +251,7 @@ def parse_targets(values: list[str], metric: str, low: float, high: float, optio
     """`["65", "top1=80"]` as numbers.
 
     Raises:
-        InputError: no number, another metric's name, or outside (low, high].
+        InputError: no number, another metric's name, outside (low, high], or a share where percent are expected.
     """
     targets = []
     for value in values:
@@ -264,6 +264,9 @@ def parse_targets(values: list[str], metric: str, low: float, high: float, optio
             raise InputError(f"{option} {value}: not a number") from None
         if not low < targets[-1] <= high:
             raise InputError(f"{option} {value}: {metric} lies above {low:g} and up to {high:g}")
+        if high == 100 and targets[-1] < 1 and not name:
+            meant = f", or {metric}={number} if that is meant" if option == "--target" else ""
+            raise InputError(f"{option} {value}: {number} percent? Write {100 * targets[-1]:g}{meant}")
     return targets
 
 

@@ -93,6 +93,13 @@ class Parser(argparse.ArgumentParser):
         self._warn_of_idle_options(args)
         return args
 
+    def given(self, argv: Sequence[str] | None = None) -> set[str]:
+        """The destinations of the options that stand on a command line itself."""
+        absent = object()
+        namespace = argparse.Namespace(**{action.dest: absent for action in self._actions})
+        values, _ = self.parse_known_args(argv, namespace)
+        return {name for name, value in vars(values).items() if value is not absent}
+
     def _warn_of_idle_options(self, args: argparse.Namespace) -> None:
         for needed, group in self._needing:
             changed = [
@@ -100,9 +107,9 @@ class Parser(argparse.ArgumentParser):
                 for action in group._group_actions
                 if getattr(args, action.dest) != self.get_default(action.dest)
             ]
-            if changed and not getattr(args, needed) and int(os.environ.get("RANK", 0)) == 0:
+            if changed and not getattr(args, needed) and not getattr(args, "eval_only", False):
                 do = "does" if len(changed) == 1 else "do"
-                print(f"warning: without --{needed}, {', '.join(changed)} {do} nothing", file=sys.stderr)
+                announce(f"warning: without --{needed}, {', '.join(changed)} {do} nothing")
 
     def _explain(self, word: str) -> str:
         """What to do about a word of a command line that means nothing here."""
@@ -156,6 +163,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             return f"--[no-]{name[2:]}" if negative.startswith("--no-") else f"{name}, {negative}"
         metavar = self._format_args(action, self._get_default_metavar_for_optional(action))
         return f"{', '.join(action.option_strings)} {metavar}".rstrip()
+
+
+def announce(message: str) -> None:
+    """Write a line to the terminal before there is a run with a log, from the main process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def read_recipe(path: Path) -> dict:

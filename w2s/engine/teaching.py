@@ -15,6 +15,7 @@ from w2s.engine.run import Run
 from w2s.schedule import EarlyPhase
 from w2s.teacher import Teacher
 
+FEW_IMAGES = 50  # one of so many is worth 2 points
 RANDOM_TEACHER = 0x756E7472  # keeps the seed of an untrained teacher apart from the run's other seeds
 
 
@@ -87,7 +88,7 @@ def start_distillation(
     report: object,
     switch: object | None,
     metric: str,
-    standard_error: Callable[[float], float] | None = None,
+    switch_images: int | None = None,
 ) -> Distillation:
     """The method of a run, continued from its checkpoint. The teacher is loaded only while its phase lasts.
 
@@ -98,8 +99,9 @@ def start_distillation(
         evaluate: gives a teacher's metric on a split, measured as the student's is.
         report, switch: the reporting split and the switch split, as `evaluate` takes them.
         metric: its name, for the messages.
-        standard_error: of a score on the switch split, where it is known. With it comes the warning of a score that
-            is too good to be true.
+        switch_images: how many images the switch split has; None where the metric is no share of images in percent.
+            With them come the standard error of a score, and the warnings of one that is too good to be true and of
+            a split that is too small to decide anything.
 
     Raises:
         InputError: no switch split, a teacher that does not fit, or one whose score is not finite.
@@ -123,7 +125,7 @@ def start_distillation(
             report=report,
             switch=switch,
             known_score=args.teacher_score,
-            standard_error=standard_error,
+            images=switch_images,
         )
     if args.kd_control == "random":
         untrain(kd.teacher, seed=run.seed)
@@ -140,13 +142,13 @@ def score_teacher(
     report: object,
     switch: object,
     known_score: float | None = None,
-    standard_error: Callable[[float], float] | None = None,
+    images: int | None = None,
 ) -> dict:
     """Measure a teacher on both splits, say what it scores, and return what summary.json holds of it.
 
     Args:
         known_score: from --teacher-score; takes the place of the score on the switch split.
-        standard_error: see `start_distillation`.
+        images: see `switch_images` of `start_distillation`.
 
     Raises:
         InputError: a score is not finite: the teacher's weights are broken, and nothing could ever beat it.
@@ -157,19 +159,30 @@ def score_teacher(
         raise InputError(
             f"the teacher from {teacher.source} scores {metric} {reported:g}, {score:g} on the switch split"
         )
-    how = "measured on the switch split" if known_score is None else "given by --teacher-score"
-    doubt = f" (standard error {standard_error(score):.2g})" if standard_error else ""
+    if known_score is not None:
+        how = "given by --teacher-score"
+    elif images:
+        how = (
+            f"measured on the {images} images of the switch split, with a standard error of {_error(score, images):.2g}"
+        )
+    else:
+        how = "measured for the switch-off alone"
     run.log(
-        f"teacher {teacher.name} ({teacher.params / 1e6:.2f} M) from {teacher.source}: {metric} {reported:.4g} on the "
-        f"reporting split; to beat: {score:.4g}, {how}{doubt}"
+        f"teacher {teacher.name} ({teacher.params / 1e6:.2f} M parameters) from {teacher.source}: {metric} "
+        f"{reported:.4g} on the reporting split; the student has to beat {score:.4g}, {how}"
     )
     if teacher.note:
         run.log(teacher.note)
     lead = score - reported if mode == "max" else reported - score
-    if known_score is None and standard_error and lead > abs(reported) / 50 + 2 * standard_error(score):
+    if known_score is None and images and lead > abs(reported) / 50 + 2 * _error(score, images):
         run.log(
             "warning: the teacher scores clearly better on the switch split than on the reporting split; if it was "
             "trained on that data the student may never pass it: give its held-out score with --teacher-score"
+        )
+    if images and (doubts := _doubts(score, images)):
+        run.log(
+            f"warning: {', and '.join(doubts)}; hold out more images with --switch-split, or give a known held-out "
+            "score with --teacher-score"
         )
     return {
         "model": teacher.name,
@@ -178,6 +191,21 @@ def score_teacher(
         "params": teacher.params,
         "checkpoint": teacher.source,
     }
+
+
+def _error(percent: float, images: int) -> float:
+    """The standard error of a share of so many images; of AP roughly, as if it were the share that is right."""
+    return math.sqrt(max(percent, 0) * (100 - percent) / images)
+
+
+def _doubts(score: float, images: int) -> list[str]:
+    """Why the comparison on a switch split can hardly decide anything."""
+    doubts = []
+    if score >= 100:
+        doubts.append(f"no student can beat a teacher of {score:g}, so that only the end of the window silences it")
+    if images < FEW_IMAGES:
+        doubts.append(f"on {images} images of the switch split a single one is worth {100 / images:.2g} points")
+    return doubts
 
 
 def untrain(teacher: Teacher, seed: int) -> None:

@@ -21,9 +21,9 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from w2s.crossing import target_key
 from w2s.distillation import Distillation
 from w2s.engine.errors import Preempted
+from w2s.engine.messages import first_lines, last_lines
 from w2s.engine.plan import Plan, accumulation_dtype
 from w2s.engine.run import Run
 
@@ -269,30 +269,23 @@ class Job:
         if run.keeps and run.is_main:
             self.export(self.evaluated_model, run.folder / "model")
         summary = run.record.summary()
-        best = summary["best"] if summary["best"] is None else f"{summary['best']:.4g}"
-        place = run.folder if run.keeps else "nothing kept"
-        run.log(f"done: {summary['metric']} {summary['last']:.4g} at the end, {best} at best; {place}")
-        for tau, crossing in summary["targets"].items():
-            where = "never"
-            if first := crossing["first"]:
-                where = "epoch {epoch:.4g}, update {update}, {train_seconds:.1f} train seconds".format(**first)
-            run.log(f"first@{tau}: {where}")
+        for line in last_lines(summary, place=str(run.folder) if run.keeps else "nothing kept"):
+            run.log(line)
         run.finish("finished")
 
     def describe(self, model: str, optimizer: str, data: dict, targets: list[float], metric: str) -> None:
         """Log the first lines: what will happen. `data` holds the sizes of the splits by name."""
-        run, plan = self.run, self.plan
-        params = sum(p.numel() for p in self.student.parameters())
-        run.log(
-            f"{run.name}: {model} ({params / 1e6:.2f} M) on {run.device}, {run.accelerator.num_processes} "
-            f"process(es), precision {run.accelerator.mixed_precision}, global batch {plan.batch}, {optimizer}, "
-            f"{plan.total} updates ({plan.updates_per_epoch} an epoch)"
-        )
-        sizes = ", ".join(f"{size} {part}" for part, size in data.items())
-        run.log(f"data: {sizes}; {'EMA' if self.ema else 'raw'} weights are evaluated")
-        run.log(
-            f"targets: {metric} {', '.join(map(target_key, targets)) or 'none'}; PFLOPs an update: student "
-            f"{self.flops['student_update'] / 1e15:.3g}, teacher {self.flops['teacher_forward'] / 1e15:.3g}"
-        )
-        if line := self.distillation.describe():
-            run.log(line)
+        for line in first_lines(
+            self.run,
+            self.plan,
+            self.distillation,
+            student=self.student,
+            model=model,
+            optimizer=optimizer,
+            data=data,
+            averaged=self.ema is not None,
+            metric=metric,
+            targets=targets,
+            flops=self.flops,
+        ):
+            self.run.log(line)

@@ -57,6 +57,11 @@ class ImageData:
         """How many classes there are."""
         return self.classes.count
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is reported of a classifier. Of five classes or fewer top5 would always be 100."""
+        return ("top1", "top5", "eval_loss") if self.num_classes > 5 else ("top1", "eval_loss")
+
 
 def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) -> ImageData:
     """Open, check and cut `--dataset` for a run, and settle what `--cache auto` means.
@@ -70,6 +75,8 @@ def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) 
     Raises:
         InputError: the data cannot be opened or read, do not fit the options, or cannot be cut as they ask.
     """
+    if args.class_map and args.dataset:
+        raise InputError(f"--class-map: the labels of --dataset {args.dataset} are numbers already; leave it out")
     train_transform, report_transform = classification_transform(args, data_config), eval_transform(data_config)
     if is_stream(args.dataset):
         return _load_stream(args, train_transform, report_transform, cache=cache)
@@ -158,7 +165,7 @@ def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, int]:
         input_key=args.input_key,
         target_key=args.target_key,
     )
-    train = open_split(args.train_split)
+    train = open_split(args.train_split, class_map=args.class_map)
     names = class_names(train)
     num_classes = args.num_classes or len(names) or None
     targets = targets_of(train, args.train_split, num_classes)
@@ -166,7 +173,7 @@ def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, int]:
     _refuse_empty_classes(targets, args.train_split, num_classes=num_classes, names=names)
     if args.val_split == SWITCH:
         return train, targets, train, num_classes
-    report = open_split(args.val_split)
+    report = open_split(args.val_split, class_map=args.class_map)
     report_names = class_names(report)
     if names and report_names != names:
         _check_class_names(

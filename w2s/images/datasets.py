@@ -34,7 +34,7 @@ def open_dataset(
     mode: str,
     input_key: str | None = None,
     target_key: str | None = None,
-    class_map: dict[str, int] | None = None,
+    class_map: dict[str, int] | str | None = None,
     labelled: bool = True,
 ) -> Dataset:
     """Open a split of a dataset with random access.
@@ -45,7 +45,7 @@ def open_dataset(
         data_dir: the image folder, or the root of the dataset.
         mode: the PIL mode of the images.
         input_key, target_key: the columns of the image and the label, for datasets with columns.
-        class_map: the index of each class by its name, in place of the dataset's own.
+        class_map: the index of each class by its name, or a file of it as timm reads it, in place of the dataset's own.
         labelled: whether labels are needed. If not, images without labels are all given class 0.
 
     Raises:

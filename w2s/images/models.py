@@ -132,6 +132,18 @@ def classifier_flops(model: nn.Module, image_shape: tuple[int, int, int], *, bat
     return count_flops(step) * batch // 2
 
 
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Have a model compute its activations again in the backward, instead of keeping them.
+
+    Raises:
+        InputError: timm cannot do that for this architecture.
+    """
+    try:
+        model.set_grad_checkpointing()
+    except (AssertionError, AttributeError) as error:
+        raise InputError(f"--grad-checkpointing: this architecture has none ({first_line(error)})") from None
+
+
 def load_weights(model: nn.Module, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Load a weights file into a model, every tensor of both exactly once.
 

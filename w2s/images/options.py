@@ -14,6 +14,9 @@ def add_classification_data_options(parser: Parser) -> None:
         metavar="NAME",
         help="reported on, decides nothing; switch: the switch split (default: validation)",
     )
+    group.add_argument(
+        "--class-map", metavar="FILE", help=".txt: names of the folders to take, in order of their labels"
+    )
     group.add_argument("--train-num-samples", type=positive_int, metavar="N", help="length of a streamed train split")
     group.add_argument("--val-num-samples", type=positive_int, metavar="N", help="length of a streamed val split")
 
@@ -31,8 +34,10 @@ def add_classifier_options(parser: Parser) -> None:
         "--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="arguments of the architecture"
     )
     add_switch(group, "--small-stem", "3x3 stride 1 and no pooling in the stem, for small images")
+    group.add_argument("--gp", metavar="POOL", help="global pooling: avg, max, token, ... (default: the model's)")
     group.add_argument("--drop", type=float, metavar="P", help="dropout of the classifier (default: the model's)")
     group.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth (default: the model's)")
+    add_switch(group, "--grad-checkpointing", "compute activations again in the backward, to save memory")
     add_weights_options(group)
 
 

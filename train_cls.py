@@ -36,13 +36,13 @@ from w2s.engine.options import (
     add_kd_options,
     add_optimizer_options,
     add_run_options,
-    check_targets,
     run_name,
 )
 from w2s.engine.parsing import Parser
 from w2s.engine.plan import Plan, accumulation_dtype, grid_point, plan_updates
 from w2s.engine.prepare import prepare_job
 from w2s.engine.run import Run
+from w2s.engine.targets import check_targets
 from w2s.engine.teaching import early_phase, kd_window, start_distillation
 from w2s.engine.training import Job
 from w2s.images.augmentation import build_criterion, build_data_config, build_mixup

@@ -43,11 +43,12 @@ from w2s.engine.errors import InputError, on_one_line
 from w2s.engine.evaluation import parse_options
 from w2s.engine.main import call_main
 from w2s.engine.optim import build_optimizer, scaled_lr
-from w2s.engine.options import add_kd_options, add_optimizer_options, add_run_options, check_targets, run_name
+from w2s.engine.options import add_kd_options, add_optimizer_options, add_run_options, run_name
 from w2s.engine.parsing import Parser
 from w2s.engine.plan import Plan, plan_updates
 from w2s.engine.prepare import prepare_job
 from w2s.engine.run import Run
+from w2s.engine.targets import check_targets
 from w2s.engine.teaching import early_phase, kd_window, start_distillation
 from w2s.engine.trackers import log_picture
 from w2s.engine.training import Job

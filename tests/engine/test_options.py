@@ -12,8 +12,8 @@ from helpers import refused
 from train_cls import build_parser, resolve
 from w2s.engine.checkpoint import plain
 from w2s.engine.elsewhere import REMEDIES
-from w2s.engine.options import parse_targets
 from w2s.engine.parsing import Parser, add_switch
+from w2s.engine.targets import parse_targets
 
 
 @pytest.fixture

@@ -247,29 +247,6 @@ def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     group.add_argument("--decay-rate", type=float, default=0.1, metavar="X", help="factor of the rate at each step")
 
 
-def parse_targets(values: list[str], metric: str, low: float, high: float, option: str = "--target") -> list[float]:
-    """`["65", "top1=80"]` as numbers.
-
-    Raises:
-        InputError: no number, another metric's name, outside (low, high], or a share where percent are expected.
-    """
-    targets = []
-    for value in values:
-        name, _, number = value.rpartition("=")
-        if name and name != metric:
-            raise InputError(f"{option} {value}: the reported metric of this run is {metric}")
-        try:
-            targets.append(float(number))
-        except ValueError:
-            raise InputError(f"{option} {value}: not a number") from None
-        if not low < targets[-1] <= high:
-            raise InputError(f"{option} {value}: {metric} lies above {low:g} and up to {high:g}")
-        if high == 100 and targets[-1] < 1 and not name:
-            meant = f", or {metric}={number} if that is meant" if option == "--target" else ""
-            raise InputError(f"{option} {value}: {number} percent? Write {100 * targets[-1]:g}{meant}")
-    return targets
-
-
 def switch_fraction(text: str) -> float:
     """The share of the training data that `--switch-split` holds out.
 
@@ -285,17 +262,6 @@ def switch_fraction(text: str) -> float:
 def run_name(args) -> str:
     """The name of a run that was given none: its recipe or its model, and its seed."""
     return f"{Path(args.config).stem if args.config else args.model}-seed{args.seed}"
-
-
-def check_targets(args, metric: str, low: float, high: float) -> list[float]:
-    """The values of --target; --teacher-score is checked beside them.
-
-    Raises:
-        InputError: see `parse_targets`.
-    """
-    if args.teacher_score is not None:
-        parse_targets([str(args.teacher_score)], metric, low, high, option="--teacher-score")
-    return parse_targets(args.target, metric, low, high)
 
 
 def _kd_off(text: str) -> str | float:

@@ -16,7 +16,8 @@ sed 's/>=\(.*\)/==\1.*/' requirements.txt > "$folder/oldest.txt"
 : > "$folder/newest.txt"
 
 check() { # PYTHON VERSIONS
-    local name="$1-$2" run
+    local name run
+    name="$(basename "$1")-$2"
     run="$folder/$name"
     "$1" -m venv "$run"
     if [ ! -e "$folder"/*.whl ]; then

@@ -101,6 +101,11 @@ def test_a_crossing_leaves_out_the_axes_its_row_lacks():
     assert crossings([{"update": 20, "top1": 66.0}], "top1", 65.0)[0] == {"value": 66.0, "update": 20}
 
 
+def test_an_axis_that_was_not_measured_is_one_that_the_row_lacks():
+    row = {"update": 10, "epoch": 1.0, "pflops": None, "top1": 70.0}
+    assert crossings([row], "top1", 65.0) == ({"value": 70.0, "epoch": 1.0, "update": 10}, None)
+
+
 def test_the_metric_is_the_one_that_was_asked_for():
     rows = [{"update": 10, "top1": 50.0, "top5": 80.0}, {"update": 20, "top1": 70.0, "top5": 90.0}]
     assert [crossings(rows, metric, 65.0)[0]["update"] for metric in ("top1", "top5")] == [20, 10]

@@ -13,6 +13,7 @@ ROOMS = {  # what a room may import beside itself; "method" stands for the seven
     "engine": {"method"},
     "compare": {"method"},
     "share": {"engine", "method"},
+    "adapters": {"method"},
     "images": {"engine", "method"},
     "detection": {"images", "engine", "method"},
     "diffusion": {"images", "engine", "method"},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from w2s.record import RunRecord, read_metrics, replacing
 
@@ -55,6 +56,26 @@ def test_metrics_csv_has_one_header_with_the_agreed_columns_and_a_line_an_evalua
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines[0] == HEADER
     assert [line.split(",")[1] for line in lines[1:]] == ["10", "20", "30", "40", "50", "60"]
+
+
+def test_a_run_starts_with_its_options_and_the_rows_of_its_checkpoint(tmp_path):
+    made = record(tmp_path / "new" / "run")
+    made.start({"lr": 0.1, "kd_hold": INF}, rows=CURVE[:2])
+    made.add(**CURVE[2])
+    assert yaml.safe_load((tmp_path / "new" / "run" / "args.yaml").read_text()) == {"lr": 0.1, "kd_hold": INF}
+    assert [row["update"] for row in read_metrics(tmp_path / "new" / "run" / "metrics.csv")] == [10, 20, 30]
+    assert json.loads((tmp_path / "new" / "run" / "summary.json").read_text())["seed"] == 3
+
+
+def test_a_run_that_keeps_nothing_starts_without_a_folder():
+    made = record(None)
+    made.start({"lr": 0.1}, rows=CURVE[:2])
+    assert made.rows == CURVE[:2]
+
+
+def test_the_switch_split_has_the_column_of_the_metric(tmp_path):
+    record(tmp_path).add(switch=61.5, **CURVE[0])
+    assert read_metrics(tmp_path / "metrics.csv")[0]["switch_top1"] == 61.5
 
 
 def test_read_metrics_reads_back_exactly_what_was_written(tmp_path):

@@ -85,6 +85,17 @@ def test_a_teacher_says_what_it_is(teacher):
     assert teacher.params == sum(p.numel() for p in model_of().parameters())
 
 
+def test_a_teacher_gives_the_record_its_scores_with_what_it_is(teacher):
+    facts = teacher.facts(switch=61.5, report=60.0)
+    assert facts == {
+        "model": "net",
+        "switch": 61.5,
+        "report": 60.0,
+        "params": teacher.params,
+        "checkpoint": "here",
+    }
+
+
 def test_calls_are_counted(teacher):
     assert teacher.calls == 0
     for _ in range(3):

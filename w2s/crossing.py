@@ -31,15 +31,17 @@ def crossings(rows: list[dict], metric: str, target: float, mode: str = "max") -
         mode: "max" (`>=`) or "min" (`<=`).
 
     Returns:
-        (first, confirmed), each `{"value": metric, **axes}` or None. Confirmed is the first of two evaluations in a
-        row that reach the target.
+        (first, confirmed), each `{"value": metric, **axes}` or None; an axis that was not measured is left out.
+        Confirmed is the first of two evaluations in a row that reach the target.
     """
     ordered = [row for _, row in sorted({row["update"]: row for row in rows}.items())]
     reached = [reaches(row.get(metric), target, mode) for row in ordered]
     first = next((i for i, hit in enumerate(reached) if hit), None)
     confirmed = next((i for i in range(len(reached) - 1) if reached[i] and reached[i + 1]), None)
     return tuple(
-        None if i is None else {"value": ordered[i][metric], **{a: ordered[i][a] for a in AXES if a in ordered[i]}}
+        None
+        if i is None
+        else {"value": ordered[i][metric], **{a: ordered[i][a] for a in AXES if ordered[i].get(a) is not None}}
         for i in (first, confirmed)
     )
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.csv, summary.json, and the values that trackers get."""
+"""What a run leaves behind: args.yaml, metrics.csv, summary.json, and the values that trackers get."""
 
 import contextlib
 import csv
@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from w2s import require
 from w2s.crossing import best_value, crossings, target_key
 
 COLUMNS = ("epoch", "update", "samples", "train_seconds", "total_seconds", "teacher_seconds", "pflops", "lr")
@@ -54,8 +55,30 @@ class RunRecord:
         self.columns = (*COLUMNS, *reported, f"switch_{metric}")
         self.rows: list[dict] = []
 
-    def add(self, **row: float | None) -> bool:
+    def start(self, options: dict, rows: list[dict] | None = None) -> None:
+        """Create the folder with args.yaml, metrics.csv and summary.json.
+
+        Args:
+            options: everything that the run was made with, as YAML can hold it; a comparison refuses runs that differ
+                in one, except for those whose names begin with kd_ or teacher.
+            rows: of the checkpoint, where a run is resumed.
+        """
+        if self.folder:
+            require("compare", "yaml")  # which reads the file, too; the rest of the record needs nothing
+            import yaml
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / "args.yaml") as file:
+                yaml.safe_dump(options, file, sort_keys=True)
+        self.rewrite(rows)
+        self.write_summary()
+
+    def add(self, switch: float | None = None, **row: float | None) -> bool:
         """Append an evaluation and write it to metrics.csv. A repeated update replaces the row before it.
+
+        Args:
+            switch: the metric on the switch split, which is the column switch_<metric>.
+            row: the other columns.
 
         Returns:
             Whether the metric is the best so far (the first of equals).
@@ -63,6 +86,8 @@ class RunRecord:
         Raises:
             ValueError: the row is out of order or has an unknown column.
         """
+        if switch is not None:
+            row[f"switch_{self.metric}"] = switch
         if unknown := set(row) - set(self.columns):
             raise ValueError(f"unknown columns {sorted(unknown)}")
         if self.rows and row["update"] < self.rows[-1]["update"]:

@@ -65,6 +65,20 @@ class Teacher:
         """The model's outputs for the student's inputs."""
         return self.model(*inputs)
 
+    def facts(self, *, switch: float, report: float) -> dict:
+        """What summary.json says of it: `Distillation.score`.
+
+        Args:
+            switch, report: its metric on the switch split and on the reporting split, measured as the student's is.
+        """
+        return {
+            "model": self.name,
+            "switch": switch,
+            "report": report,
+            "params": self.params,
+            "checkpoint": self.source,
+        }
+
     def shuffled(self, permutation: Callable[[int], Tensor], *inputs: object) -> object:
         """For `--kd-control shuffled`: each example gets the outputs for another example of its batch.
 

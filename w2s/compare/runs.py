@@ -10,7 +10,7 @@ import yaml
 from w2s.crossing import best_value, crossings
 from w2s.record import read_metrics
 
-# what summary.json must hold, and of which type
+# what summary.json must hold, and of which type; what may be None may be missing
 SUMMARY_TYPES = {
     "task": str,
     "name": str,
@@ -75,7 +75,7 @@ def _read_summary(path: Path) -> dict:
             raise ValueError(f"{path}: {key!r} is missing or malformed")
     if summary["mode"] not in ("max", "min"):
         raise ValueError(f"{path}: 'mode' is neither max nor min")
-    return summary
+    return {**dict.fromkeys(SUMMARY_TYPES), **summary}
 
 
 def _read_rows(path: Path, metric: str) -> list[dict]:

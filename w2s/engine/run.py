@@ -15,7 +15,6 @@ import accelerate
 import numpy as np
 import timm
 import torch
-import yaml
 from accelerate.utils import ProjectConfiguration
 from timm.utils import distribute_bn
 from torch import nn
@@ -27,7 +26,7 @@ from w2s.engine.errors import NonFiniteLoss
 from w2s.engine.randomness import mix_seed
 from w2s.engine.sharing import check_hub, push_at_the_end
 from w2s.engine.trackers import check_trackers, close_trackers, default_group, start_trackers
-from w2s.record import RunRecord, replacing
+from w2s.record import RunRecord
 
 
 class Run:
@@ -137,8 +136,7 @@ class Run:
             facts=facts,
             log=accelerator.log if accelerator.trackers else None,
         )
-        self.record.rewrite(self.state["rows"] if self.state else None)
-        self.record.write_summary()
+        self.record.start(self.options, rows=self.state["rows"] if self.state else None)
         Run.opened = self
 
     def settle(self, **choices: object) -> None:
@@ -151,8 +149,6 @@ class Run:
             best = self.checkpoint.resolve().parent.parent / "best"
             if best.is_dir():
                 shutil.copytree(best, self.folder / "best")
-        with replacing(self.folder / "args.yaml") as file:
-            yaml.safe_dump(self.options, file, sort_keys=True)
         self._log_file = open(self.folder / "log.txt", "a")  # noqa: SIM115 - it is open as long as the run
         self._log_file.writelines(f"{line}\n" for line in self._early_lines)
         self._log_file.flush()

@@ -184,13 +184,7 @@ def score_teacher(
             f"warning: {', and '.join(doubts)}; hold out more images with --switch-split, or give a known held-out "
             "score with --teacher-score"
         )
-    return {
-        "model": teacher.name,
-        "switch": score,
-        "report": reported,
-        "params": teacher.params,
-        "checkpoint": teacher.source,
-    }
+    return teacher.facts(switch=score, report=reported)
 
 
 def _error(percent: float, images: int) -> float:

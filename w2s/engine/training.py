@@ -193,9 +193,6 @@ class Job:
         losses = self._take_mean_losses()
         self._take_teacher_seconds()
         evaluation = kd.take_evaluation()
-        student = evaluation.pop("switch", None)
-        if student is not None:
-            evaluation[f"switch_{record.metric}"] = student
         flops = self.update * self.flops["student_update"] + kd.updates * self.flops["teacher_forward"]
         is_best = record.add(
             epoch=self.epoch,
@@ -211,8 +208,8 @@ class Job:
             **metrics,
         )
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        if student is not None:
-            values += f"; switch split {student:.4g}, teacher {kd.score['switch']:.4g}"
+        if "switch" in evaluation:
+            values += f"; switch split {evaluation['switch']:.4g}, teacher {kd.score['switch']:.4g}"
         run.log(f"epoch {self.epoch:.4g}, update {self.update}: {values}")
         if is_best and run.keeps and run.is_main:
             self.export(self.evaluated_model, run.folder / "best")

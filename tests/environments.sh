@@ -24,7 +24,7 @@ check() { # PYTHON VERSIONS
         git ls-files -z | xargs -0 cp --parents -t "$(mkdir -p "$folder/source" && echo "$folder/source")"
         "$run/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$folder" "$folder/source"
     fi
-    "$run/bin/python" -m pip install --quiet --constraint "$folder/$2.txt" "$(echo "$folder"/*.whl)[all]"
+    "$run/bin/python" -m pip install --quiet --constraint "$folder/$2.txt" "$(echo "$folder"/*.whl)[all,lightning,transformers]"
     "$run/bin/python" -m pip check
     cd "$run" # not the checkout: its w2s would be imported instead of the installed one
     bin/python - <<'PYTHON'

@@ -4,6 +4,8 @@ r"""Train an image classifier, sooner with a weaker teacher's help.
 One GPU or CPU  python train_cls.py -c recipes/quickstart_w2s.yaml
 One GPU, bf16   accelerate launch --mixed_precision bf16 train_cls.py \
                     -c recipes/cifar10_r50_w2s.yaml
+Two on a CPU    accelerate launch --config_file \
+                    recipes/accelerate/cpu_two.yaml train_cls.py -c RECIPE
 8 GPUs          accelerate launch --config_file \
                     recipes/accelerate/one_node_8gpu.yaml train_cls.py -c RECIPE
 Two nodes       accelerate launch --machine_rank 0|1 --main_process_ip HOST \
@@ -46,6 +48,7 @@ from w2s.engine.targets import check_targets
 from w2s.engine.teaching import early_phase, kd_window, start_distillation
 from w2s.engine.training import Job
 from w2s.images.augmentation import build_criterion, build_data_config, build_mixup
+from w2s.images.chance import warn_of_guessing
 from w2s.images.data import ImageData, load_data, set_config
 from w2s.images.loading import eval_loader, train_batches
 from w2s.images.models import (
@@ -211,17 +214,17 @@ def validate(args, run: Run, model: Callable[[Tensor], Tensor], dataset: Dataset
     accelerator, device = run.accelerator, run.device
     batch_size = args.validation_batch_size or args.batch_size
     sums = torch.zeros(4, dtype=accumulation_dtype(device), device=device)
-    for images, targets in eval_loader(dataset, accelerator, batch_size=batch_size, workers=args.workers):
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
+    loader = eval_loader(dataset, accelerator, batch_size=batch_size, workers=args.workers)
+    for images, targets in run.stopping.polled(loader):
+        images, targets = (part.to(device, non_blocking=True) for part in (images, targets))
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
-            logits = model(images)
-        logits = logits.float()
+            logits = model(images).float()
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="sum")
         sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(targets))])
+    run.stopping.end_evaluation()
     top1, top5, loss, count = accelerator.reduce(sums, "sum").tolist()
     expected = getattr(dataset, "total", None) or len(dataset)
     if count == 0 or (expected and count != expected):
@@ -259,17 +262,17 @@ def fit(args, job: Job, data: ImageData) -> None:
         seed=args.seed,
         workers=args.workers,
     )
-    while job.update < plan.total:
-        stop, evaluation_due = job.next_stop(grid_point(job.update, plan.updates_per_epoch, args.evals_per_epoch))
+    while not job.done:
+        stop = job.next_stop(grid_point(job.update, plan.updates_per_epoch, args.evals_per_epoch))
         train(args, job, stop, batches, criterion, mixup)
-        with run.clock.paused():
-            if evaluation_due and job.update == stop:
+        with job.saved() as evaluation_due:
+            if evaluation_due:
                 student = job.model_to_evaluate()
                 metrics = validate(args, run, student, data.report)
                 if kd.active:  # is the student better than the teacher on the switch split?
                     kd.observe(validate(args, run, student, data.switch)["top1"], update=job.update)
                 job.evaluated({name: metrics[name] for name in data.metrics})
-            job.save()
+                warn_of_guessing(job, metrics, data.guess)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -292,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_updates(args, run, data.samples, epochs=args.epochs)
     lr = scaled_lr(args, plan.batch)
     optimizer, scheduler = build_optimizer(
-        args, student, lr=lr, length=args.epochs, updates_per_unit=plan.updates_per_epoch
+        args, student, lr=lr, length=args.epochs, updates_per_unit=plan.updates_per_epoch, scaled=run.scales_gradients
     )
 
     # the method: a frozen teacher, loaded only while its phase lasts and never prepared by Accelerate

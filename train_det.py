@@ -2,6 +2,8 @@
 r"""Train an object detector, sooner with a weaker teacher's help.
 
 One GPU or CPU  python train_det.py -c recipes/digits_det_w2s.yaml
+Two on a CPU    accelerate launch --config_file \
+                    recipes/accelerate/cpu_two.yaml train_det.py -c RECIPE
 8 GPUs          accelerate launch --config_file \
                     recipes/accelerate/one_node_8gpu.yaml train_det.py \
                     -c recipes/coco_retinanet_r50_w2s.yaml --data coco
@@ -195,13 +197,13 @@ def validate(args, run: Run, model: Callable, split: DetectionSplit) -> tuple[di
     `model` maps a list of images to detections: the student, its moving average, the teacher.
     """
     rows = []
-    loader = eval_loader(
-        split, run.accelerator, batch_size=args.validation_batch_size or args.batch_size, workers=args.workers
-    )
-    for images, targets in loader:
+    batch_size = args.validation_batch_size or args.batch_size
+    loader = eval_loader(split, run.accelerator, batch_size=batch_size, workers=args.workers)
+    for images, targets in run.stopping.polled(loader):
         with run.accelerator.autocast():
             detections = model(send_to_device(images, run.device))
         rows += detection_rows(detections, targets)
+    run.stopping.end_evaluation()
     return score_detections(rows, split, run.accelerator)
 
 
@@ -254,14 +256,12 @@ def fit(args, job: Job, data: DetectionData) -> None:
         workers=args.workers,
         group_aspect=args.group_aspect,
     )
-    while job.update < plan.total:
-        due = grid_point(job.update, plan.updates_per_epoch, args.evals_per_epoch)
-        stop, evaluation_due = job.next_stop(due)
+    while not job.done:
+        stop = job.next_stop(grid_point(job.update, plan.updates_per_epoch, args.evals_per_epoch))
         train(args, job, stop, batches)
-        with job.run.clock.paused():
-            if evaluation_due and job.update == stop:
+        with job.saved() as evaluation_due:
+            if evaluation_due:
                 evaluate(args, job, data)
-            job.save()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -291,6 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         lr=lr,
         length=args.epochs,
         updates_per_unit=plan.updates_per_epoch,
+        scaled=run.scales_gradients,
         **reference_warmup(args, lr, plan.updates_per_epoch),
     )
 

@@ -6,6 +6,8 @@ Progress is counted in updates.
 One GPU or CPU  python train_diffusion.py -c recipes/digits_diffusion_w2s.yaml
 One GPU, bf16   accelerate launch --mixed_precision bf16 train_diffusion.py \
                     -c recipes/cifar10_nc128rb3_w2s.yaml
+Two on a CPU    accelerate launch --config_file \
+                    recipes/accelerate/cpu_two.yaml train_diffusion.py -c RECIPE
 8 GPUs          accelerate launch --config_file \
                     recipes/accelerate/one_node_8gpu.yaml train_diffusion.py \
                     -c RECIPE
@@ -233,14 +235,12 @@ def fit(args, job: Job, data: DiffusionData, process: DDPMScheduler, judge: Judg
         seed=args.seed,
         workers=args.workers,
     )
-    while job.update < job.plan.total:
-        next_evaluation = (job.update // args.eval_interval + 1) * args.eval_interval
-        stop, evaluation_due = job.next_stop(next_evaluation)
+    while not job.done:
+        stop = job.next_stop((job.update // args.eval_interval + 1) * args.eval_interval)
         train(args, job, stop, batches, process)
-        with job.run.clock.paused():
-            if evaluation_due and job.update == stop:
+        with job.saved() as evaluation_due:
+            if evaluation_due:
                 evaluate(job, judge)
-            job.save()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -255,7 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     run.settle(cache=data.cache)
     run.seed_all()
     student = build_student(args, data.num_classes, process).to(run.device)
-    judge = build_judge(args, run.accelerator, data=data, process=process, checkpoint=run.checkpoint)
+    judge = build_judge(
+        args, run.accelerator, data=data, process=process, checkpoint=run.checkpoint, stopping=run.stopping
+    )
     targets = check_targets(args, metric=judge.metric, low=0.0, high=math.inf)
     if args.eval_only:
         evaluate_only(run, student, judge)
@@ -265,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_updates(args, run, data.samples, updates=args.updates)
     lr = scaled_lr(args, plan.batch)
     optimizer, scheduler = build_optimizer(
-        args, student, lr=lr, length=args.updates, updates_per_unit=1, unit="updates"
+        args, student, lr=lr, length=args.updates, updates_per_unit=1, unit="updates", scaled=run.scales_gradients
     )
 
     # the method: a frozen teacher, loaded only while it is needed

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from w2s.engine.run import default_precision
+from w2s.engine.launch import default_precision
 
 BENCHMARK = Path(__file__).with_name("bench.py")
 HEADER = """\

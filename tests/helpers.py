@@ -223,6 +223,37 @@ def start_script(script: str, log: Path, *parts: object, processes: int = 1, env
     return Started(started, Path(log))
 
 
+def _member(module: str, function: str, args: tuple, env: dict, rank: int, results) -> None:
+    os.environ.update(env)
+    from importlib import import_module
+
+    import accelerate
+
+    accelerator = accelerate.Accelerator()
+    try:
+        results.put((rank, getattr(import_module(module), function)(accelerator, *args)))
+    except Exception as error:
+        results.put((rank, error))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def on_processes(count: int, function, *args: object) -> list:
+    """What `function(accelerator, *args)` returns or raises in each of so many processes of one gloo group, by rank."""
+    module = function.__module__.removeprefix("tests.")  # another `tests` may be installed
+    port, results, processes = free_port(), _server.Queue(), []
+    for rank in range(count):
+        mine = {**ON_CPU, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        mine = {k: str(v) for k, v in mine.items()}
+        processes.append(_server.Process(target=_member, args=(module, function.__name__, args, mine, rank, results)))
+        processes[-1].start()
+    found = dict(results.get(timeout=TIMEOUT) for _ in range(count))
+    for process in processes:
+        process.join(TIMEOUT)
+    return [found[rank] for rank in range(count)]
+
+
 # ---- the user's command ----
 
 
@@ -232,9 +263,8 @@ def run_script(
     """`python SCRIPT.py ...`, or under `accelerate launch` with so many processes; output is captured."""
     command = [sys.executable, str(ROOT / f"{script}.py")]
     if processes:
-        # not --cpu, which starts one process whatever --num_processes says; the environment has them on the CPU
-        launch = f"--multi_gpu --num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
-        command[:1] = [sys.executable, "-m", "accelerate.commands.launch", *launch.split()]
+        launch = ["--config_file", str(ROOT / "recipes/accelerate/cpu_two.yaml"), "--num_processes", str(processes)]
+        command[:1] = [sys.executable, "-m", "accelerate.commands.launch", *launch]
         command[-1:-1] = ["--main_process_port", str(free_port())]
     environment = {**os.environ, **ON_CPU, **(env or {})}
     return subprocess.run(

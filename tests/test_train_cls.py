@@ -24,7 +24,7 @@ import timm
 import timm.task
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from helpers import (
     DIGITS,
     FOLDER,
@@ -49,6 +49,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import train_cls
 from w2s.engine.errors import Finished, NonFiniteLoss, Preempted
+from w2s.engine.loading import EpochBatches
 from w2s.engine.main import call_main
 from w2s.images.data import load_data
 from w2s.images.digits import Digits
@@ -72,8 +73,8 @@ def run(output: Path, name: str, *parts: object) -> Path:
 
 
 def snapshot(folder: Path) -> dict:
-    """Every file under a folder with its bytes and its time."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Every file under a folder with its bytes and its time, but for the lock, which whoever looks takes."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".w2s.lock"]
     return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
@@ -229,9 +230,16 @@ def test_baseline_files(baseline):
     assert checkpoints(folder) == ["update-00000006", "update-00000008"]  # the newest two
     files = {"state.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"}
     assert {path.name for path in (folder / "checkpoints" / "update-00000008").iterdir()} == files
-    top = {"args.yaml", "log.txt", "metrics.csv", "summary.json", "checkpoints", "best", "model"}
+    top = {".w2s.lock", "args.yaml", "log.txt", "metrics.csv", "summary.json", "checkpoints", "best", "model"}
     assert {path.name for path in folder.iterdir()} == top
     assert "done: top1" in (folder / "log.txt").read_text()
+
+
+def test_a_student_at_chance_level_is_warned_of_with_what_to_lower(baseline):
+    """Eight updates leave it there; what is at chance level is tested in images/test_chance.py."""
+    assert float(read_rows(baseline[0])[-1]["eval_loss"]) > math.log(10)
+    (*_, line) = [line for line in (baseline[0] / "log.txt").read_text().splitlines() if line.startswith("warning: ")]
+    assert "chance level" in line and "lower --lr, or" in line
 
 
 def test_baseline_exports_give_the_reported_top1_through_timm_alone(baseline):
@@ -402,7 +410,7 @@ def test_surpass_switches_off_for_good(surpassed):
     folder, seen, _ = surpassed
     summary, rows = read_summary(folder), read_rows(folder)
     assert summary["kd_off"] == {"epoch": 1.0, "update": 4, "reason": "surpass"}
-    assert summary["teacher"]["switch"] == 0.5
+    assert summary["teacher"]["switch"] == 1.0
     assert [row["kd_active"] for row in rows] == ["1", "0", "0", "0"]
     assert [row["kd_weight"] for row in rows[2:]] == ["0.0", "0.0"]
     assert [row["kd_loss"] != "" for row in rows] == [True, True, False, False]
@@ -555,6 +563,7 @@ FEATURES = {
     "reprob": "--reprob 1",
     "grad-accum": "--grad-accum-steps 2 --batch-size 16",
     "momentum": "--opt sgd --lr 0.1",
+    "kron": "--opt kron",
     "teacher": "--kd-warmup 0.25 --kd-hold 0.25 --kd-decay 0.5 --kd-patience 9",
     "shuffled": "--kd-warmup 0.25 --kd-control shuffled --grad-accum-steps 2 --batch-size 16",
     "random": "--kd-warmup 0.25 --kd-control random",
@@ -564,9 +573,9 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_resume_within_an_epoch_ends_in_the_same_bits(feature, tmp_path, tiny_teacher):
     command = words("--epochs 1", FEATURES[feature], ["--teacher", tiny_teacher] if "--kd" in FEATURES[feature] else [])
-    with forwards() as seen:
+    with forwards() as seen, torch.compiler.set_stance("force_eager"):  # kron compiles itself, which takes minutes
         whole = run(tmp_path, "whole", command)
-    with forwards() as mine:
+    with forwards() as mine, torch.compiler.set_stance("force_eager"):
         folder = preempted_run(1, tmp_path, "resumed", command)
         assert checkpoints(folder) == ["update-00000002"]
         run(tmp_path, "resumed", command, "--resume auto")
@@ -588,6 +597,47 @@ def test_sigterm_saves_and_exits_75(tmp_path, baseline):
     process = start_script("train_cls", tmp_path / "log", command, "--resume auto")
     assert process.wait() == [0], process.text
     assert_same_run(tmp_path / "run", baseline[0])
+
+
+@contextlib.contextmanager
+def signal_in_evaluation(batch: int):
+    """A real SIGTERM in a batch of the first evaluation, counted from 0; counts the batches that were evaluated."""
+    seen = []
+
+    def see(module: torch.nn.Module, inputs: tuple) -> None:
+        if hasattr(module, "pretrained_cfg") and not module.training and inputs[0].device.type != "meta":
+            if len(seen) == batch:
+                signal.raise_signal(signal.SIGTERM)
+            seen.append(inputs[0].shape)
+
+    with watching_forwards(see):
+        yield seen
+
+
+def test_sigterm_during_an_evaluation_ends_it_and_the_resumed_run_begins_with_it(tmp_path, stopped):
+    with signal_in_evaluation(2) as evaluated, pytest.raises(Preempted, match="saved at update 4; go on with"):
+        run(tmp_path, "run", "--epochs 1")
+    assert len(evaluated) == 3
+    assert read_rows(tmp_path / "run") == [] and read_summary(tmp_path / "run")["status"] == "preempted"
+    assert checkpoints(tmp_path / "run") == ["update-00000004"]
+    with forwards() as seen:
+        run(tmp_path, "run", "--epochs 1 --resume auto")
+    assert trained_on(seen) == []
+    assert_same_run(tmp_path / "run", stopped[1])
+
+
+def test_a_kill_during_an_evaluation_costs_no_update(tmp_path, stopped):
+    command = words(DIGITS, RESNET, "--epochs 1 --validation-batch-size 1 --name run --output", tmp_path)
+    process = start_script("train_cls", tmp_path / "log", command)
+    state = tmp_path / "run" / "checkpoints" / "update-00000004" / "state.json"
+    assert process.wait_for(state.exists), process.text
+    process.kill()
+    process.wait()
+    assert json.loads(state.read_text())["evaluation_due"] and read_rows(tmp_path / "run") == []
+    with forwards() as seen:
+        run(tmp_path, "run", "--epochs 1 --resume auto")
+    assert trained_on(seen) == []
+    assert_same_run(tmp_path / "run", stopped[1])
 
 
 def test_ctrl_c_saves_and_exits_75(tmp_path, stopped):
@@ -650,6 +700,27 @@ def test_resume_from_an_earlier_checkpoint_by_path(tmp_path, treated, tiny_teach
     again = shutil.copytree(whole, tmp_path / "again")  # in place: later rows and checkpoints give way
     run(tmp_path, "again", command, "--resume", again / "checkpoints" / "update-00000004")
     assert_same_run(again, whole)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path, baseline):
+    command = words(
+        DIGITS, RESNET, "--evals-per-epoch 2 --target top1=0.5 99.5 --recovery-interval 1 --output", tmp_path
+    )
+    command += ["--name", "run", "--resume", "auto"]
+    first = start_script("train_cls", tmp_path / "log", command)
+    assert first.wait_for((tmp_path / "run" / "checkpoints" / "update-00000001").exists), first.text
+    first.kill(signal.SIGSTOP)
+    before = snapshot(tmp_path / "run")
+    second = start_script("train_cls", tmp_path / "second.log", command)
+    assert second.wait() == [2], second.text
+    (line,) = [line for line in second.text.splitlines() if line.startswith("error: ")]
+    assert f"in use by process {first.processes[0].pid} on " in line
+    assert snapshot(tmp_path / "run") == before
+    first.kill()
+    first.wait()
+    third = start_script("train_cls", tmp_path / "third.log", command)
+    assert third.wait() == [0], third.text
+    assert_same_run(tmp_path / "run", baseline[0])
 
 
 def test_resume_by_path_does_not_overwrite_another_run(tmp_path, treated, tiny_teacher):
@@ -771,6 +842,39 @@ def test_sigterm_to_one_of_two_processes_stops_both_and_they_resume(tmp_path, ti
     process = start_script("train_cls", tmp_path / "log", command, "--name run --resume auto", processes=2)
     assert process.wait() == [0, 0], process.text
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_a_corrupt_image_that_one_process_meets_ends_both_with_one_line(tmp_path):
+    """The other one waits for it in a collective operation, which may take for ever."""
+    data = image_folder(tmp_path / "data", train=16)
+    options = words(RESNET, FOLDER, data, "--batch-size 4 --check-images 0 --cache none --name run --output", tmp_path)
+    args = train_cls.build_parser().parse_recipe(options)
+    split = load_data(args, train_cls.resolve(args), PartialState(), cache="none").train
+    batches = iter(EpochBatches(len(split), 4, batches=3, seed=args.seed, rank=1, world=2))
+    _, (_, position) = next(batches), next(batches)[0]
+    image = Path(split.dataset.filename(int(split.rows[position]), absolute=True))
+    damage(image, "cut")
+    process = start_script("train_cls", tmp_path / "log", options, processes=2)
+    assert process.wait_for((tmp_path / "run" / "args.yaml").exists), process.text
+    begun = time.monotonic()
+    assert process.wait() == [2, 2], process.text
+    assert time.monotonic() - begun < 60
+    (line,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: process 1: corrupt image") and image.name in line
+    assert "Traceback" not in process.text and read_summary(tmp_path / "run")["status"] == "failed"
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(tmp_path):
+    """As torchrun starts them on a CPU."""
+    alone = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+    options = words(DIGITS, RESNET, "--name run --output", tmp_path / "out")
+    (tmp_path / "log").touch()
+    process = start_script("train_cls", tmp_path / "log", options, processes=2, env=alone)
+    assert process.wait_for(lambda: "error: " in process.text)
+    process.kill()
+    process.wait()
+    assert "2 processes were started" in process.text and "cpu_two.yaml" in process.text
+    assert not (tmp_path / "out").exists()
 
 
 def test_resume_with_another_number_of_processes_is_refused(stopped):
@@ -1073,7 +1177,10 @@ def test_a_corrupt_image_found_late_leaves_the_checkpoint_and_the_run_goes_on_on
     options = words(RESNET, FOLDER, data, "--check-images 0 --epochs 2 --name run --output", tmp_path)
     assert "2.png" in refusal(options)
     assert read_summary(tmp_path / "run")["status"] == "failed"
-    assert checkpoints(tmp_path / "run") == ["update-00000001"]
+    assert checkpoints(tmp_path / "run") == [
+        "update-00000001",
+        "update-00000002",
+    ]  # the second one before its evaluation
     image.write_bytes(whole)
     call_script(train_cls.main, options, "--resume auto")
     assert read_summary(tmp_path / "run")["status"] == "finished"

@@ -100,6 +100,12 @@ class Clock:
             self.sync()
             self._train, self._started = self.train_seconds, None
 
+    def set_back(self, train_seconds: float) -> None:
+        """Leave out the train time since it stood at `train_seconds`."""
+        if self.running:
+            self.sync()
+            self._train, self._started = train_seconds, self.now()
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave a block (an evaluation, a checkpoint) out of train time; a paused clock stays paused after it."""

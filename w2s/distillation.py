@@ -80,6 +80,8 @@ class Distillation:
     def advance(self, update: int) -> None:
         """Settle lambda(u) and T(u) of this update; switch off where the window ends."""
         self._update, self._micro = update, 0
+        if self.teacher:
+            self.teacher.mark()
         if self.phase is None:
             return
         u = self.progress(update)
@@ -152,6 +154,11 @@ class Distillation:
         """Forget the teacher's calls so far, which were a warm-up."""
         if self.teacher:
             self.teacher.restart_timer()
+
+    def forget_update(self) -> None:
+        """Leave the teacher's calls of this update out of its time."""
+        if self.teacher:
+            self.teacher.forget_marked()
 
     def compile(self, backend: str) -> None:
         """Compile the teacher with torch.compile, if there is one."""

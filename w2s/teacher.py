@@ -48,6 +48,7 @@ class Teacher:
         self.params = sum(p.numel() for p in model.parameters())
         self.calls = 0  # forward passes so far
         self._timed_from, self._timings = 0, []
+        self._marked = 0, 0  # calls and timings
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> object:
@@ -112,6 +113,17 @@ class Teacher:
     def restart_timer(self) -> None:
         """Forget the calls so far, which were a warm-up or an evaluation."""
         self._timed_from, self._timings = self.calls, []
+        self.mark()
+
+    def mark(self) -> None:
+        """Mark the calls from now on, so that `forget_marked` can leave them out."""
+        self._marked = self.calls, len(self._timings)
+
+    def forget_marked(self) -> None:
+        """Leave the calls since `mark` out of the time: compiling them took longer than they do."""
+        calls, timings = self._marked
+        self._timed_from += self.calls - calls
+        del self._timings[timings:]
 
     def take_seconds(self) -> float:
         """Seconds of all calls since the timer was started, estimated from the timed ones. Restarts the timer."""

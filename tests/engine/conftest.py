@@ -28,7 +28,9 @@ def run_of(tmp_path, monkeypatch):
         args = build_parser().parse_recipe(words)
         vars(args).update(changes)
         resolve(args)
-        return Run(args, task="cls")
+        run = Run(args, task="cls")
+        run.parsed = args  # for what is built with it
+        return run
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield make

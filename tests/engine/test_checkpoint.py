@@ -9,12 +9,21 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from helpers import refused
+from helpers import on_processes, refused
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from w2s.engine.checkpoint import load_checkpoint, newest_state, read_state, save_checkpoint
+import w2s.engine.checkpoint
+from w2s.engine.checkpoint import (
+    check_readable,
+    load_checkpoint,
+    newest_state,
+    read_state,
+    rewrite_state,
+    save_checkpoint,
+)
+from w2s.engine.errors import InputError
 from w2s.images.models import create_model
 from w2s.images.teacher import ImageTeacher
 
@@ -326,3 +335,63 @@ def test_a_file_with_wrong_bytes_of_the_right_length_is_refused(accelerator, tmp
     assert read_state(path)
     with refused("cannot load checkpoint", str(path)):
         load_checkpoint(path, accelerator, training.ema.module)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+class Watched(torch.amp.GradScaler):
+    """A gradient scaler that says when it is written."""
+
+    written = 0
+
+    def state_dict(self) -> dict:
+        self.written += 1
+        return super().state_dict()
+
+
+def save_with_scaler(accelerator: accelerate.Accelerator, root: str) -> tuple[int, float]:
+    accelerator.scaler = Watched("cpu", init_scale=4.0)
+    training = Training(accelerator, steps=1)
+    path = training.save(Path(root), 1)
+    written = accelerator.scaler.written
+    accelerator.scaler.load_state_dict(Watched("cpu", init_scale=64.0).state_dict())
+    load_checkpoint(path, accelerator, training.ema.module)
+    return written, accelerator.scaler.get_scale()
+
+
+def test_the_main_process_alone_writes_the_scaler_and_all_read_it(tmp_path):
+    assert on_processes(2, save_with_scaler, str(tmp_path)) == [(1, 4.0), (0, 4.0)]
+
+
+def read_on_a_disk_of_its_own(accelerator: accelerate.Accelerator, root: str) -> None:
+    own = Path(root) / str(accelerator.process_index)
+    w2s.engine.checkpoint.READ_PATIENCE = 0.5
+    check_readable(own / "update-00000001", {"update": 1, "files": {}, "loss": math.nan})
+
+
+@pytest.mark.parametrize("other", ["", '{"update": 1, "files": {}, "loss": 2.0}'])
+def test_a_checkpoint_that_one_process_cannot_read_is_refused_by_all(tmp_path, other):
+    """Its machine has a disk of its own, with nothing there, or something else."""
+    for rank, text in enumerate(['{"update": 1, "files": {}, "loss": NaN}', other]):
+        (tmp_path / str(rank) / "update-00000001").mkdir(parents=True)
+        if text:
+            (tmp_path / str(rank) / "update-00000001" / "state.json").write_text(text)
+    for error in on_processes(2, read_on_a_disk_of_its_own, str(tmp_path)):
+        assert type(error) is InputError and "\n" not in str(error)
+        assert "process 1 on " in str(error) and "all machines share" in str(error)
+
+
+def test_a_checkpoint_that_appears_late_is_waited_for(accelerator, tmp_path, monkeypatch):
+    path = Training(accelerator, steps=0).save(tmp_path, 1)
+    state = read_state(path)
+    path.rename(tmp_path / "hidden")
+    monkeypatch.setattr(w2s.engine.checkpoint.time, "sleep", lambda seconds: (tmp_path / "hidden").rename(path))
+    check_readable(path, state)
+
+
+def test_another_state_takes_the_place_of_the_one_before(accelerator, tmp_path):
+    path = Training(accelerator, steps=0).save(tmp_path, 3, rows=[1])
+    rewrite_state(tmp_path, 3, {"rows": [1, 2]}, accelerator)
+    state = read_state(path)
+    assert (state["update"], state["rows"]) == (3, [1, 2])

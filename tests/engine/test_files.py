@@ -1,12 +1,18 @@
-"""Folders that are whole or not there, and the trial whether one can be written."""
+"""Folders that are whole or not there, the trial whether one can be written, and the lock of one."""
 
+import errno
+import fcntl
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import refused
+from helpers import ROOT, refused
 
-from w2s.engine.files import check_writable, drop_folder, put_in_place, replacing_folder
+import w2s.engine.files
+from w2s.engine.files import LOCK, check_writable, drop_folder, lock_folder, put_in_place, replacing_folder
 
 
 @pytest.mark.parametrize("folder", ["", "new", "new/deep/deeper"])
@@ -91,3 +97,66 @@ def test_a_block_that_fails_leaves_nothing_where_the_folder_may_stay(tmp_path):
         (beside / "file").write_text("half")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+# --- locks -----------------------------------------------------------------------------------------------------------
+
+HOLDING = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from w2s.engine.files import lock_folder
+
+lock = lock_folder(Path(sys.argv[2]), print)
+if not os.fork():  # as a loader's worker, which may live on for a while
+    time.sleep(30)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(30)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path, with a child."""
+    command = [sys.executable, "-c", HOLDING, str(ROOT), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_folder_that_another_process_has_locked_is_refused_until_that_is_killed(tmp_path, holder):
+    with refused(str(tmp_path), f"process {holder.pid} on ", "--name"):
+        lock_folder(tmp_path, pytest.fail)
+    holder.kill()
+    holder.wait()
+    with lock_folder(tmp_path, pytest.fail):
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_the_lock_of_another_machine_is_waited_for(tmp_path, holder, monkeypatch):
+    """A file server keeps the locks of a machine that has crashed for a while."""
+    said, slept = [], []
+    monkeypatch.setattr(w2s.engine.files.socket, "gethostname", lambda: "elsewhere")
+    monkeypatch.setattr(w2s.engine.files.time, "monotonic", lambda: 1 + sum(slept))
+    monkeypatch.setattr(w2s.engine.files.time, "sleep", slept.append)
+    with refused(str(tmp_path), f"process {holder.pid} on "):
+        lock_folder(tmp_path, said.append)
+    assert 120 < sum(slept) <= 140 and all("waiting for process" in line for line in said)
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
+    def none(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    said = []
+    monkeypatch.setattr(fcntl, "lockf", none)
+    lock_folder(tmp_path, said.append).close()
+    assert len(said) == 1 and "No locks available" in said[0]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_it_is_locked(tmp_path):
+    (tmp_path / LOCK).mkdir()
+    with refused("cannot write", str(tmp_path), "--output"):
+        lock_folder(tmp_path, pytest.fail)

@@ -1,10 +1,13 @@
 """timm's optimisers and schedules, built from the options."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from helpers import refused
+from timm.optim import list_optimizers
 from timm.scheduler import (
     CosineLRScheduler,
     MultiStepLRScheduler,
@@ -15,7 +18,9 @@ from timm.scheduler import (
 from torch import nn
 
 from train_cls import build_parser
+from w2s.engine.errors import InputError
 from w2s.engine.optim import build_ema, build_optimizer, scaled_lr
+from w2s.engine.run import Run
 
 
 def parse(*words: str):
@@ -48,9 +53,11 @@ def tiny() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
 
 
-def built(words: str, epochs: int = 10, updates_per_epoch: int = 8, model: nn.Module | None = None):
-    args = parse(*words.split())
-    return build_optimizer(args, model or tiny(), lr=args.lr or 0.1, length=epochs, updates_per_unit=updates_per_epoch)
+def built(
+    words: str, epochs: int = 10, updates_per_epoch: int = 8, model: nn.Module | None = None, scaled: bool = False
+):
+    args, lengths = parse(*words.split()), {"length": epochs, "updates_per_unit": updates_per_epoch}
+    return build_optimizer(args, model or tiny(), lr=args.lr or 0.1, scaled=scaled, **lengths)
 
 
 def rates(words: str, updates: int = 80) -> list[float]:
@@ -177,6 +184,76 @@ def test_biases_and_norms_are_not_decayed():
     optimizer, _ = built("--opt adamw --weight-decay 0.3")
     plain = [p for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]]
     assert len(plain) == 4 and all(p.ndim == 1 for p in plain)
+
+
+def after_steps(opt: str, rank: int, alike: bool) -> tuple[list[torch.Tensor], bool]:
+    """The weights after some updates on a process, and whether a step drew from a global generator.
+
+    All processes see the same gradients; `alike` seeds each step as a run does.
+    """
+    model = tiny()
+    optimizer, _ = built(f"--opt {opt} --lr 1e-3", model=model)
+    run, drew = Run.__new__(Run), False
+    run.seed = 0
+    for update in range(4):
+        torch.manual_seed(100 * update + rank), random.seed(100 * update + rank), np.random.seed(100 * update + rank)
+        for k, parameter in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(10 * update + k)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        if alike:
+            run.seed_step(update)
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        optimizer.step()
+        after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        drew = drew or not torch.equal(before[0], after[0]) or before[1:] != after[1:]
+    return list(model.parameters()), drew
+
+
+def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+def test_no_optimiser_of_timm_drifts_apart_between_processes():
+    """Those that draw random numbers would, from the generators of the processes, which differ."""
+    torch.compiler.set_stance("force_eager")  # kron compiles itself, which takes minutes
+    drawing, drifting = set(), set()
+    for opt in list_optimizers(exclude_filters=["bnb*", "apex*", "fused*"]):
+        try:
+            weights, drew = after_steps(opt, rank=0, alike=True)
+        except (InputError, AttributeError, ImportError, RuntimeError):  # second-order, or closures
+            continue
+        others, _ = after_steps(opt, rank=1, alike=True)
+        assert equal(weights, others), opt
+        drawing |= {opt} if drew else set()
+        if not equal(after_steps(opt, rank=0, alike=False)[0], after_steps(opt, rank=1, alike=False)[0]):
+            drifting.add(opt)
+    torch.compiler.set_stance("default")
+    assert drawing == drifting == {opt for opt in list_optimizers() if opt.startswith("kron")}
+
+
+def test_a_gradient_scaler_gets_no_fused_optimiser():
+    assert built("--opt momentum")[0].defaults["fused"] and built("--opt adamw")[0].defaults["fused"]
+    for opt in ("momentum", "adamw"):
+        optimizer, _ = built(f"--opt {opt}", scaled=True)
+        assert not optimizer.defaults["fused"]
+        assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def test_a_first_step_that_overflows_leaves_no_trace():
+    """torch's fused SGD would take uninitialised memory for its momentum."""
+
+    def trained(overflow: bool) -> list[torch.Tensor]:
+        model, scaler = tiny(), torch.amp.GradScaler("cpu", init_scale=1.0)
+        optimizer, _ = built("--opt momentum --lr 0.1", model=model, scaled=True)
+        for update in range(0 if overflow else 1, 3):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, math.inf if update == 0 else 1.0)
+            scaler.scale(torch.zeros(()))
+            scaler.step(optimizer)
+            scaler.update(1.0)
+        return list(model.parameters())
+
+    assert equal(trained(overflow=True), trained(overflow=False))
 
 
 @pytest.mark.parametrize(

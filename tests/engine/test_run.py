@@ -1,7 +1,6 @@
 """Where a run lives, what it decides before it begins, and its randomness."""
 
 import json
-import math
 import os
 import random
 from pathlib import Path
@@ -16,7 +15,8 @@ from helpers import refused
 from train_cls import build_parser, resolve
 from w2s.engine.checkpoint import plain
 from w2s.engine.errors import Finished
-from w2s.engine.run import default_precision, environment
+from w2s.engine.files import LOCK
+from w2s.engine.launch import default_precision, environment
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,7 @@ def test_the_environment_names_versions_device_and_commit(accelerator):
     found = environment(accelerator)
     assert json.loads(json.dumps(found)) == found
     assert (found["torch"], found["accelerate"]) == (torch.__version__, accelerate.__version__)
+    assert {"cuda", "cudnn", "tf32"} <= set(found)
     assert found["device"].startswith("cpu") and found["processes"] == 1 and found["mixed_precision"] == "no"
     assert found["git"] is None or len(found["git"]) == 40
 
@@ -95,6 +96,14 @@ def test_an_empty_folder_is_used(run_of, tmp_path):
     assert run_of().folder == tmp_path / "run"
 
 
+def test_what_a_kill_left_before_the_options_were_written_is_used(run_of, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (LOCK, "log.txt"):
+        (tmp_path / "run" / name).touch()
+    assert run_of().state is None
+    assert run_of(resume="auto").state is None
+
+
 def test_a_run_is_not_overwritten(run_of, tmp_path):
     leave_run(tmp_path / "run")
     with refused(str(tmp_path / "run"), "--resume auto"):
@@ -141,12 +150,3 @@ def test_the_randomness_of_an_update_is_a_function_of_seed_and_update(run_of):
     assert draw(0, 5) == draw(0, 5)
     for other in (draw(0, 6), draw(1, 5)):
         assert all(a != b for a, b in zip(draw(0, 5), other, strict=True))
-
-
-def test_a_loss_that_was_not_finite_is_remembered(run_of):
-    run = run_of()
-    run.watch(torch.tensor(1.0))
-    assert run._nonfinite == 0
-    run.watch(torch.tensor(math.inf))
-    run.watch(torch.tensor(2.0))
-    assert run._nonfinite > 0

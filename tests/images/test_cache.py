@@ -1,13 +1,17 @@
 """Images kept on a device: the pixels of the loader's path, its order, and augmentation of the same distribution."""
 
 import math
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torchvision.transforms.functional as TF
 from accelerate import PartialState
+from helpers import on_processes
 from images import pictures
 from images.pictures import Pictures, evaluate, process, serve
 from PIL import Image
@@ -225,3 +229,59 @@ def test_a_cuda_device_serves_the_pixels_of_the_cpu():
         (images, targets), (other, other_targets) = next(here), next(there)
         assert torch.equal(targets, other_targets.cpu())
         torch.testing.assert_close(images, other.cpu())
+
+
+# --- the processes of a machine --------------------------------------------------------------------------------------
+
+
+class Counted(Pictures):
+    """Pictures that know which of them were read in this process."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.read: list[int] = []
+
+    def __getitem__(self, row: int) -> tuple[Image.Image, int]:
+        self.read.append(row)
+        return super().__getitem__(row)
+
+
+def kept_by_one_of_several(accelerator, length: int) -> tuple[list[int], np.ndarray, np.ndarray, list[str]]:
+    args, config = options(pad_crop=2)
+    images = Counted(length, (16, 16))
+    kept = cached(images, args, config)
+    leftover = [path.name for path in Path(tempfile.gettempdir()).glob("w2s-*")]
+    return sorted(set(images.read)), kept.images.numpy(), kept.targets.numpy(), leftover
+
+
+def test_each_image_is_decoded_once_on_a_machine_and_all_processes_have_it():
+    args, config = options(pad_crop=2)
+    alone = cached(Pictures(23, (16, 16)), args, config)
+    (read, images, targets, leftover), (others_read, *others) = on_processes(2, kept_by_one_of_several, 23)
+    assert read == list(range(0, 23, 2)) and others_read == list(range(1, 23, 2))
+    assert leftover == [] and others[2] == []
+    for found in (images, others[0]):
+        assert np.array_equal(found, alone.images)
+    for found in (targets, others[1]):
+        assert np.array_equal(found, alone.targets)
+
+
+def test_on_a_gpu_auto_counts_the_memory_of_the_host_too(monkeypatch):
+    """The images pass through it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 2**30, 80 * 2**30))
+    _, config = options(pad_crop=2)
+
+    def choice(available: int) -> str:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+        return resolve_cache(
+            "auto",
+            obstacle=None,
+            images=1000,
+            input_size=config["input_size"],
+            pad=2,
+            accelerator=SimpleNamespace(device=torch.device("cuda")),
+        )
+
+    size = 1000 * 3 * 20 * 20
+    assert choice(4 * size) == "device"
+    assert choice(4 * size - 4) == "none"

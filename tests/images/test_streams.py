@@ -17,6 +17,7 @@ from images.pictures import evaluate, flat, options, process, same, serve, take
 from PIL import Image
 
 from train_cls import validate
+from w2s.engine.stopping import Stopping
 from w2s.images.data import load_data
 
 
@@ -137,7 +138,7 @@ def test_the_length_of_a_streamed_split_is_that_of_its_images_whatever_the_worke
 def test_the_script_accepts_its_count_of_a_streamed_split_whatever_the_workers(shards, workers):
     args, data = stream(shards, workers=workers)
     accelerator = accelerate.Accelerator(cpu=True)
-    run = SimpleNamespace(accelerator=accelerator, device=accelerator.device)
+    run = SimpleNamespace(accelerator=accelerator, device=accelerator.device, stopping=Stopping(accelerator))
     metrics = validate(args, run, lambda images: torch.zeros(len(images), 3), data.report)
     assert metrics["eval_loss"] == pytest.approx(math.log(3))
 

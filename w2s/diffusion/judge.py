@@ -28,6 +28,7 @@ from w2s.engine.files import check_writable
 from w2s.engine.parsing import Parser, natural_int, positive_int
 from w2s.engine.plan import accumulation_dtype
 from w2s.engine.randomness import mix_seed
+from w2s.engine.stopping import Stopping
 
 DRY_RUN_SAMPLES = 8
 
@@ -185,7 +186,13 @@ class Judge:
 
 
 def build_judge(
-    args, accelerator: Accelerator, *, data: DiffusionData, process: DDPMScheduler, checkpoint: Path | None
+    args,
+    accelerator: Accelerator,
+    *,
+    data: DiffusionData,
+    process: DDPMScheduler,
+    checkpoint: Path | None,
+    stopping: Stopping | None = None,
 ) -> Judge:
     """The judge of a run.
 
@@ -196,6 +203,7 @@ def build_judge(
         data: has the real images of both comparisons.
         process: the diffusion process that sampling reverses.
         checkpoint: that the run continues from, None for a new run.
+        stopping: of a run that a signal may stop.
 
     Raises:
         InputError: there are no such features, the cache cannot be written, or the run was judged on other features.
@@ -216,6 +224,7 @@ def build_judge(
         steps=args.sample_steps,
         batch_size=args.validation_batch_size,
         num_classes=data.num_classes if args.class_cond else None,
+        stopping=stopping,
     )
     return Judge(
         features=features,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from w2s.engine.errors import InputError
 from w2s.engine.parsing import not_negative, positive_int
 from w2s.engine.randomness import mix_seed
+from w2s.engine.stopping import Stopping
 
 BETAS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # our names: diffusers' names
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
@@ -134,6 +135,7 @@ def generate(
     steps: int = 50,
     batch_size: int = 256,
     num_classes: int | None = None,
+    stopping: Stopping | None = None,
 ) -> Tensor | None:
     """Sample images from a denoiser: uint8 (count, C, H, W), on the CPU of every process.
 
@@ -151,26 +153,33 @@ def generate(
         steps: of the sampler.
         batch_size: samples in one forward.
         num_classes: of a class-conditional denoiser: sample i is of class i modulo `num_classes`.
+        stopping: of a run that a signal may stop.
 
     Returns:
         None, on all processes, if any pixel was not finite.
+
+    Raises:
+        Preempted: on all processes, if a signal has stopped the sampling.
     """
     sampling_scheduler = SAMPLERS[sampler].from_config(process.config)
     sampling_scheduler.set_timesteps(steps)
     device = accelerator.device
     images = torch.zeros(count, *shape, dtype=torch.uint8, device=device)
     nonfinite = torch.zeros((), device=device)
-    for start in range(0, count, batch_size)[accelerator.process_index :: accelerator.num_processes]:
+    polled = stopping.polled if stopping else iter
+    for start in polled(range(0, count, batch_size)[accelerator.process_index :: accelerator.num_processes]):
         rows = range(start, min(start + batch_size, count))
         generators = [torch.Generator().manual_seed(mix_seed(seed, row)) for row in rows]
         labels = torch.tensor(rows, device=device) % num_classes if num_classes else None
         x = randn_tensor((len(rows), *shape), generator=generators, device=device)
-        for t in sampling_scheduler.timesteps:
+        for t in polled(sampling_scheduler.timesteps):
             with accelerator.autocast():
                 prediction = model(x, torch.full((len(rows),), int(t), device=device), labels)
             x = sampling_scheduler.step(prediction.float(), t, x, generator=generators).prev_sample
         nonfinite += (~x.isfinite()).any()
         images[start : rows.stop] = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    if stopping:
+        stopping.end_evaluation()
     # rows that another process sampled are 0 here
     nonfinite, images = accelerator.reduce(nonfinite, "sum"), accelerator.reduce(images, "sum")
     return None if nonfinite.item() else images.cpu()

@@ -6,7 +6,10 @@ every file, everything is synced to disk, and a rename makes it a checkpoint. On
 
 import dataclasses
 import json
+import os
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from w2s.engine.errors import Finished, InputError, last_line
-from w2s.engine.files import check_writable, drop_folder, put_in_place
-from w2s.record import BOOKKEEPING_OPTIONS
+from w2s.engine.files import LOCK, check_writable, drop_folder, put_in_place
+from w2s.engine.launch import refuse_together
+from w2s.record import BOOKKEEPING_OPTIONS, replacing
 
 # options that may change when a run is resumed: they do not change what it computes
 FREE_OPTIONS = (*BOOKKEEPING_OPTIONS, "workers")
+READ_PATIENCE = 10.0  # seconds that a process waits for a checkpoint to appear on a shared disk
 
 
 def locate(
@@ -106,7 +111,11 @@ def save_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)
         beside.mkdir(parents=True)
     accelerator.wait_for_everyone()
+    scaler = accelerator.scaler
+    if not accelerator.is_main_process:
+        accelerator.scaler = None  # it is the same on all processes, which would all write it to the same file
     accelerator.save_state(str(beside))
+    accelerator.scaler = scaler
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if ema is not None:
@@ -119,6 +128,16 @@ def save_checkpoint(
         # checkpoints of later updates are there where the run was taken up again from before them
         for path in paths[: max(newer - keep, 0)] + paths[newer:]:
             drop_folder(path)
+    accelerator.wait_for_everyone()
+
+
+def rewrite_state(root: Path, update: int, state: dict, accelerator: accelerate.Accelerator) -> None:
+    """Put another `state` into the checkpoint `root/update-N`, whose weights stand; called by all processes."""
+    if accelerator.is_main_process:
+        path = root / f"update-{update:08d}" / "state.json"
+        files = json.loads(path.read_text())["files"]
+        with replacing(path) as file:
+            json.dump({**state, "update": update, "files": files}, file)
     accelerator.wait_for_everyone()
 
 
@@ -156,6 +175,29 @@ def read_state(path: Path) -> dict:
     return state
 
 
+def check_readable(path: Path, state: dict) -> None:
+    """Make sure that all processes can read the checkpoint that the main process has chosen; all of them call this.
+
+    A file server may show a new folder to other machines a little later, so this waits for it.
+
+    Raises:
+        InputError: on all processes, if one of them cannot read it or finds another one there.
+    """
+    problem, end = None, time.monotonic() + READ_PATIENCE
+    while True:
+        try:
+            problem = None if _same(read_state(path), state) else "a different checkpoint is there"
+        except InputError as error:
+            problem = str(error)
+        if problem is None or time.monotonic() > end:
+            break
+        time.sleep(0.5)
+    where = f"process {os.environ.get('RANK', 0)} on {socket.gethostname()}"
+    refuse_together(
+        problem and f"{where} cannot read {path}: {problem}; --output must be on a disk that all machines share"
+    )
+
+
 def newest_state(root: Path, warn: Callable[[str], None]) -> tuple[Path | None, dict | None]:
     """The newest complete checkpoint under `root` and its state, (None, None) if there is none yet.
 
@@ -175,6 +217,11 @@ def newest_state(root: Path, warn: Callable[[str], None]) -> tuple[Path | None, 
     return None, None
 
 
+def _same(state: dict, other: dict) -> bool:
+    """Whether two states are equal, where NaN equals NaN."""
+    return json.dumps(state, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
 def _settled(options: dict, before: dict) -> dict:
     """The options with `--cache auto` settled as the run had settled it, whose options were `before`."""
     return {**options, "cache": before.get("cache")} if options.get("cache") == "auto" else options
@@ -192,14 +239,16 @@ def _check_same_options(options: dict, before: dict, where: str) -> None:
 
 
 def _is_occupied(folder: Path) -> bool:
-    """Whether a folder holds more than a file that a kill left half-written."""
-    return folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir())
+    """Whether a folder holds more than a lock and a file that a kill left half-written."""
+    return folder.exists() and any(path.suffix != ".partial" and path.name != LOCK for path in folder.iterdir())
 
 
 def _came_to_nothing(folder: Path) -> bool:
-    """Whether a folder holds a run that failed before its first checkpoint; its name may be used again."""
+    """Whether a folder holds a run that failed before its first checkpoint, or that was killed before it had written
+    its options; its name may be used again."""
     failed = _read_json(folder / "summary.json").get("status") == "failed"
-    return failed and not any((folder / "checkpoints").glob("update-*"))
+    killed = (folder / LOCK).is_file() and not (folder / "args.yaml").exists()
+    return (failed or killed) and not any((folder / "checkpoints").glob("update-*"))
 
 
 def _read_options(path: Path) -> dict:

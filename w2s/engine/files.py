@@ -1,13 +1,21 @@
-"""Folders that appear complete or not at all. Single files are written by `w2s.record.replacing`."""
+"""Folders that appear complete or not at all, and their lock. `w2s.record.replacing` writes single files."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
+import socket
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from w2s.engine.errors import InputError
+
+LOCK = ".w2s.lock"  # a file in a folder that one process at a time may write
+LOCK_PATIENCE = 120  # seconds: a file server keeps the locks of a crashed machine for as long as that
 
 
 @contextlib.contextmanager
@@ -85,3 +93,44 @@ def check_writable(folder: Path, option: str = "--output") -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"cannot write to {nearest}: {error.strerror}; choose another {option}") from None
+
+
+def lock_folder(folder: Path, log: Callable[[str], None]) -> TextIO:
+    """Lock a folder for this process; the lock is held until the file returned is closed or the process ends.
+
+    It is a POSIX lock: the kernel releases it after a kill, worker processes do not inherit it, and NFS and most
+    parallel file systems know it on all machines.
+
+    Args:
+        folder: an existing folder.
+        log: told if this has to wait or the file system knows no locks.
+
+    Raises:
+        InputError: another process holds the lock, or the folder cannot be written.
+    """
+    try:
+        file = open(folder / LOCK, "a+")  # noqa: SIM115 - closing it would release the lock
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --output") from None
+    me, waiting_since = f"process {os.getpid()} on {socket.gethostname()}", None
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                log(f"warning: no lock on {folder} ({error.strerror}): make sure that no other run writes there")
+                break
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        waiting_since = waiting_since or time.monotonic()
+        here = owner.rpartition(" ")[2] == socket.gethostname()
+        if here or time.monotonic() - waiting_since > LOCK_PATIENCE:
+            file.close()
+            raise InputError(f"{folder} is in use by {owner}: wait for that run to end, or choose another --name")
+        log(f"waiting for {owner}, which writes to {folder}")
+        time.sleep(10)
+    file.truncate(0)
+    file.write(me)
+    file.flush()
+    return file

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from w2s.engine.errors import Finished, InputError, NonFiniteLoss, Preempted
+from w2s.engine.peers import Peers
 from w2s.engine.run import Run
 from w2s.record import replacing
 
@@ -21,19 +22,23 @@ EXIT_CODES = {InputError: 2, NonFiniteLoss: 3, Preempted: 75, Finished: 0}
 def call_main(main: Callable[[], None]) -> None:
     """Run a script's main and exit: 0 done, 2 bad input, 3 non-finite loss, 75 preempted and saved."""
     Run.opened = None
+    peers = Peers(_end_with_peer)
     try:
         main()
         code = 0
     except tuple(EXIT_CODES) as error:
         code = EXIT_CODES[type(error)]
+        if peers.rank == 0 or code != 2:
+            peers.ending.set()
         _mark_failed(error)
-        _say(error, code)
+        _say(error, code, peers)
     except SystemExit as error:  # --help
         code = error.code or 0
     except BaseException as error:
         sys.excepthook(*sys.exc_info())
         _mark_failed(error)
         code = 1
+    peers.stop()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error in this process for each worker's end
     for worker in multiprocessing.active_children():
         worker.kill()  # loader workers ignore SIGTERM, and the interpreter would wait for them for ever
@@ -44,22 +49,34 @@ def call_main(main: Callable[[], None]) -> None:
     sys.exit(code)
 
 
-def _say(error: Exception, code: int) -> None:
-    """Print the one line of an error, from the main process or, if that does not speak, from this one."""
-    rank = int(os.environ.get("RANK", 0))
+def _say(error: Exception, code: int, peers: Peers) -> None:
+    """Print the one line of an error, from the main process or, if that cannot speak, from this one."""
     # the message of an error in a loader's worker begins with the worker's traceback
     message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-    sys.stdout.flush()
-    if rank == 0:
-        start = "\n" if sys.stderr.isatty() else ""  # a progress bar may stand on the line
-        prefix = "" if code in (0, 75) else "error: "
-        print(f"{start}{prefix}{message}", file=sys.stderr, flush=True)
+    if peers.rank == 0:
+        _print(message if code in (0, 75) else f"error: {message}")
     elif code == 2:
-        # Perhaps only this process saw it: a missing disk, a corrupt image. The launcher stops all processes when the
-        # first one exits, so let the main process speak first; if it does, this one is stopped here, silently.
+        # Perhaps only this process saw it: a missing disk, a corrupt image. The main process may be waiting for this
+        # one, which must not end before that has spoken; once it has, the launcher stops this one, silently.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        told = peers.tell(message)
         time.sleep(10)
-        print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
+        if not told:
+            _print(f"error: process {peers.rank}: {message}")
+
+
+def _end_with_peer(message: str) -> None:
+    """End this process, wherever it is, because of the error of another one."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        _print(f"error: {message}")
+    _mark_failed(InputError(message))
+    os._exit(2)  # the main thread may never return from a collective operation
+
+
+def _print(line: str) -> None:
+    sys.stdout.flush()
+    start = "\n" if sys.stderr.isatty() else ""  # a progress bar may stand on the line
+    print(f"{start}{line}", file=sys.stderr, flush=True)
 
 
 def _mark_failed(error: BaseException) -> None:

@@ -32,6 +32,7 @@ def build_optimizer(
     unit: str = "epochs",
     warmup: float | None = None,
     warmup_lr: float | None = None,
+    scaled: bool = False,
 ) -> tuple[torch.optim.Optimizer, Scheduler]:
     """The optimiser and its schedule, both timm's. Do not `prepare` the schedule: call `step_update(update)`.
 
@@ -42,6 +43,7 @@ def build_optimizer(
         length: of the run, in `unit`.
         updates_per_unit: updates of an epoch, or 1 where `unit` is "updates".
         warmup, warmup_lr: in place of --warmup-* and --warmup-lr.
+        scaled: whether a gradient scaler steps the optimiser (fp16).
 
     Raises:
         InputError: unknown names, arguments they do not take, or a schedule that needs a metric.
@@ -54,7 +56,7 @@ def build_optimizer(
         raise InputError(f"--warmup-{unit} {warmup:g} is longer than the run of {length:g} {unit}")
     if decay <= 0:
         raise InputError(f"--decay-{unit} {decay:g}: must be above 0")
-    optimizer = _create_optimizer(args, model, lr)
+    optimizer = _create_optimizer(args, model, lr, fused=not scaled)
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -74,12 +76,16 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def _create_optimizer(args, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """timm's optimiser of the name --opt, fused (one kernel for all tensors) where torch has that."""
+def _create_optimizer(args, model: nn.Module, lr: float, fused: bool) -> torch.optim.Optimizer:
+    """timm's optimiser of the name --opt, fused (one kernel for all tensors) where torch has that.
+
+    Not under a gradient scaler: torch's fused SGD takes uninitialised memory for its momentum where the first step
+    overflows, and a skipped step of any fused optimiser looks like one that was made.
+    """
     options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
     try:
         parameters = inspect.signature(get_optimizer_class(args.opt.removeprefix("lookahead_"))).parameters
-        options = {**options, "fused": True if "fused" in parameters else None, **args.opt_kwargs}
+        options = {**options, "fused": True if fused and "fused" in parameters else None, **args.opt_kwargs}
         optimizer = create_optimizer_v2(
             model,
             opt=args.opt,

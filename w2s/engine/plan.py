@@ -1,5 +1,6 @@
 """How a run is cut into updates, and what an update costs."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,3 +61,9 @@ def count_flops(step: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
+
+
+def compilations() -> int:
+    """How many graphs torch.compile has compiled in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # imported by the first compilation
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0

@@ -1,11 +1,8 @@
 """One run: its processes, its folder, its log, its seeds, and how it stops."""
 
 import logging
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -13,19 +10,20 @@ from typing import ClassVar, NoReturn
 
 import accelerate
 import numpy as np
-import timm
 import torch
-from accelerate.utils import ProjectConfiguration
 from timm.utils import distribute_bn
 from torch import nn
 from tqdm import tqdm
 
 from w2s.crossing import Clock
-from w2s.engine.checkpoint import load_checkpoint, locate, plain, save_checkpoint
-from w2s.engine.errors import NonFiniteLoss
+from w2s.engine.checkpoint import check_readable, load_checkpoint, locate, plain, rewrite_state, save_checkpoint
+from w2s.engine.errors import InputError, NonFiniteLoss, Preempted
+from w2s.engine.files import LOCK, lock_folder
+from w2s.engine.launch import build_accelerator, decide_on_main, environment, wait_for_device
 from w2s.engine.randomness import mix_seed
 from w2s.engine.sharing import check_hub, push_at_the_end
-from w2s.engine.trackers import check_trackers, close_trackers, default_group, start_trackers
+from w2s.engine.stopping import Stopping
+from w2s.engine.trackers import check_login, check_trackers, close_trackers, default_group, start_trackers
 from w2s.record import RunRecord
 
 
@@ -59,33 +57,38 @@ class Run:
         self.folder = Path(args.output) / args.name
         trackers = check_trackers(args.log_with) if self.keeps else None
         logging.getLogger("accelerate").setLevel(logging.WARNING)
-        self.accelerator = accelerate.Accelerator(
-            mixed_precision=default_precision(),
-            log_with=trackers,
-            project_config=ProjectConfiguration(str(self.folder), logging_dir=str(self.folder / "tensorboard")),
-        )
+        self.accelerator = build_accelerator(self.folder, trackers)
+        if trackers:
+            decide_on_main(lambda: check_login(trackers))
         self.device = self.accelerator.device
         self.placement = {"device": self.device, "autocast": self.accelerator.autocast}  # for what is never prepared
         self.is_main = self.accelerator.is_main_process
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = task != "det"  # whose shapes change from batch to batch
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
+        self.clock = Clock(wait_for_device(self.device))
+        self.stopping = Stopping(self.accelerator)
         self.checkpoint, self.state = None, None
         self.tracker_id = uuid.uuid4().hex[:8]
         self.record: RunRecord | None = None
-        self._log_file, self._early_lines = None, []
-        self._signal, self._nonfinite = None, torch.zeros((), device=self.device)
+        self._log_file, self._early_lines, self._lock = None, [], None
+        self._saved: int | None = None  # the update of the checkpoint that was written last
         self.launch = {
             "processes": self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,
         }
         if self.keeps:
-            self.checkpoint, self.state, self.options = locate(
-                self.folder, options=self.options, resume=args.resume, launch=self.launch, log=self.log
-            )
+            self.checkpoint, self.state, self.options = decide_on_main(lambda: self._locate(args.resume))
+            if self.checkpoint:
+                check_readable(self.checkpoint, self.state)
             if args.push_to_hub:
-                check_hub(args.push_to_hub, option="--push-to-hub")
+                decide_on_main(lambda: check_hub(args.push_to_hub, option="--push-to-hub"))
+
+    def _locate(self, resume: str | None) -> tuple[Path | None, dict | None, dict]:
+        """`locate` for this run, whose folder is locked if it is there already."""
+        if (self.folder / LOCK).exists():
+            self._lock = lock_folder(self.folder, self.log)
+        return locate(self.folder, options=self.options, resume=resume, launch=self.launch, log=self.log)
 
     def open(self, *, metric: str, mode: str, targets: list[float], reported: tuple[str, ...], facts: dict) -> None:
         """Create the folder, write args.yaml, and start the log, the trackers, the signal handlers and the record.
@@ -96,15 +99,16 @@ class Run:
             targets: tau values.
             reported: names of all reported metrics.
             facts: what summary.json holds beside the metrics.
+
+        Raises:
+            InputError: another run has begun in the folder, or a tracker refuses.
         """
         accelerator = self.accelerator
-        accelerator.wait_for_everyone()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self.stopping.listen()
         self.settle(group=self.options["group"] or default_group(self.options, self.task))
+        if self.keeps:
+            decide_on_main(self._create_folder)
         writes = self.keeps and self.is_main
-        if writes:
-            self._create_folder()
         if self.state:
             self.clock.load_state_dict(self.state["clock"])
             self.tracker_id = self.state["tracker_id"]
@@ -139,12 +143,22 @@ class Run:
         self.record.start(self.options, rows=self.state["rows"] if self.state else None)
         Run.opened = self
 
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether a gradient scaler steps the optimiser, as in fp16."""
+        return self.accelerator.scaler is not None
+
     def settle(self, **choices: object) -> None:
         """Record what options that leave something open came to, such as --cache auto; args.yaml gets these values."""
         self.options = {**self.options, **choices}
 
     def _create_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            began = (self.folder / LOCK).exists()
+            self._lock = lock_folder(self.folder, self.log)
+            if began:
+                raise InputError(f"another run has begun in {self.folder}; choose another --name")
         if self.checkpoint and not (self.folder / "best").exists():  # resumed into another folder
             best = self.checkpoint.resolve().parent.parent / "best"
             if best.is_dir():
@@ -177,31 +191,34 @@ class Run:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        self._signal = number
-        if number == signal.SIGINT:  # a second Ctrl-C does not wait
-            signal.signal(number, signal.default_int_handler)
-
-    def watch(self, loss: torch.Tensor) -> None:
-        """Remember whether a loss was ever not finite, without waiting for the device."""
-        self._nonfinite += ~torch.isfinite(loss.detach())
+    def seed_step(self, update: int) -> None:
+        """Make what the optimiser draws in a step (PSGD Kron does) the same on all processes."""
+        torch.manual_seed(mix_seed(self.seed, update))
 
     def should_stop(self, update: int, now: bool = False) -> bool:
         """Whether a signal asks the run to stop; all processes get the same answer after the same update.
 
-        Waiting for a GPU after every update would slow it down, so there the question is asked every 10 updates, and
-        when `now` is set (before an evaluation or a checkpoint).
+        Args:
+            update: updates done.
+            now: whether to wait for the device in any case, see `Stopping.ask`.
 
         Raises:
-            NonFiniteLoss: on all processes, if a watched loss of any of them was not finite.
+            NonFiniteLoss: on all processes, if the losses of any of them are broken.
         """
-        if not now and self.device.type != "cpu" and update % 10:
-            return False
-        signalled = torch.full_like(self._nonfinite, float(self._signal is not None))
-        nonfinite, stop = self.accelerator.reduce(torch.stack([self._nonfinite, signalled]), "sum").tolist()
-        if nonfinite:
+        stop, broken = self.stopping.ask(update, now)
+        if broken:
             self.fail(f"the loss is not finite at update {update}")
-        return stop > 0
+        return stop
+
+    def preempt(self) -> NoReturn:
+        """End a run that a signal has asked to stop, on all processes.
+
+        Raises:
+            Preempted: always.
+        """
+        self.finish("preempted")
+        saved = "" if self._saved is None else f" and saved at update {self._saved}; go on with --resume auto"
+        raise Preempted(f"stopped by a signal{saved}")
 
     def fail(self, reason: str) -> NoReturn:
         """End a run that has gone wrong, on all processes; its last good checkpoint stays.
@@ -214,10 +231,6 @@ class Run:
         rest = f"The last good checkpoint is {newest}" if newest else "No checkpoint had been written"
         raise NonFiniteLoss(f"{reason}; try a lower --lr, --clip-grad or bf16. {rest}")
 
-    def mean(self, values: torch.Tensor) -> list[float]:
-        """The mean of a tensor over all processes, as floats."""
-        return self.accelerator.reduce(values, "mean").tolist()
-
     def share_buffers(self, model: nn.Module) -> None:
         """Give all processes the BatchNorm statistics of the first one: each has seen its own batches."""
         if self.accelerator.num_processes > 1:
@@ -226,7 +239,10 @@ class Run:
     # ---- checkpoints and the end ----
 
     def save(self, update: int, ema: nn.Module | None, **state: object) -> None:
-        """Write a checkpoint with the clock, the rows and `state`. All processes call this."""
+        """Write a checkpoint with the clock, the rows and `state`. All processes call this.
+
+        Where the last one is of the same update, its weights stand and only its state is written anew.
+        """
         if self.keeps:
             state |= {
                 "clock": self.clock.state_dict(),
@@ -235,6 +251,9 @@ class Run:
                 "args": self.options,
                 **self.launch,
             }
+            if update == self._saved:
+                rewrite_state(self.folder / "checkpoints", update=update, state=state, accelerator=self.accelerator)
+                return
             save_checkpoint(
                 self.folder / "checkpoints",
                 update=update,
@@ -243,6 +262,7 @@ class Run:
                 ema=ema,
                 keep=self.checkpoint_hist,
             )
+            self._saved = update
 
     def load(self, ema: nn.Module | None) -> None:
         """Bring what was prepared, and the EMA, to the checkpoint that the run continues from."""
@@ -260,32 +280,3 @@ class Run:
         if self._log_file:
             self._log_file.close()
             self._log_file = None
-
-
-def default_precision() -> str | None:
-    """bf16 on GPUs that have it, unless a launcher has decided."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ or not torch.cuda.is_available():
-        return None
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
-
-
-def environment(accelerator: accelerate.Accelerator) -> dict:
-    """Versions and hardware, for summary.json."""
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
-    try:
-        git = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        git = None
-    return {
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "accelerate": accelerate.__version__,
-        "python": sys.version.split()[0],
-        "device": name,
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "git": git,
-    }

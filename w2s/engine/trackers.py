@@ -26,7 +26,7 @@ def check_trackers(choice: list[str] | None) -> list[str] | None:
     """The names that `--log-with` means, as Accelerate knows them; `all` is every one that is installed.
 
     Raises:
-        InputError: a package or a key is missing.
+        InputError: a package is missing.
     """
     installed = sorted(str(tracker) for tracker in get_available_trackers())
     names = installed if "all" in (choice or ()) else list(dict.fromkeys(choice or ()))
@@ -35,10 +35,18 @@ def check_trackers(choice: list[str] | None) -> list[str] | None:
     for name in names:
         if name not in installed:
             raise InputError(f"--log-with {name}: not installed; pip install {name}")
+    return names or None
+
+
+def check_login(names: list[str]) -> None:
+    """Make sure that the trackers of these names will find their keys; only the main process talks to them.
+
+    Raises:
+        InputError: a key is missing.
+    """
     online = "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun")
     if online and not _wandb_logged_in():
         raise InputError("--log-with wandb: no API key; run `wandb login`, or go offline with WANDB_MODE=offline")
-    return names or None
 
 
 def _wandb_logged_in() -> bool:

@@ -5,8 +5,9 @@ A script's loop reads:
     for _ in job.updates(stop):       # seeds, learning rate, lambda(u), the end of the window
         ...forward, task loss, distillation term, backward...
         job.step(losses)              # clipping, optimiser, EMA, counters, the decision to stop
-    job.evaluated(metrics)            # metrics.csv, first@tau, the best model
-    job.save()                        # a checkpoint, and the way out if a signal asked for it
+    with job.saved() as evaluate:     # a checkpoint, and the way out if a signal asked for it
+        if evaluate:
+            job.evaluated(metrics)    # metrics.csv, first@tau, the best model
 """
 
 import contextlib
@@ -19,12 +20,13 @@ from timm.models import model_parameters
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from w2s.distillation import Distillation
 from w2s.engine.errors import Preempted
 from w2s.engine.messages import first_lines, last_lines
-from w2s.engine.plan import Plan, accumulation_dtype
+from w2s.engine.meter import LossMeter
+from w2s.engine.plan import Plan, compilations
+from w2s.engine.progress import Progress
 from w2s.engine.run import Run
 
 WARMUP_UPDATES = 2  # left out of train seconds after each start: compilation, allocator, autotuning
@@ -68,13 +70,13 @@ class Job:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.flops, self.export, self.terms = flops, export, terms
         self.clip_grad, self.clip_mode = args.clip_grad, args.clip_mode
-        self.log_interval, self.recovery_interval = args.log_interval, args.recovery_interval
+        self.recovery_interval = args.recovery_interval
         self.update = self.started_from = 0  # updates done, and done before this process
         self.stopped = False  # a signal ended the loop
-        # sums since the last evaluation: updates, taught updates, loss, task loss, kd loss, terms
-        self.meter = torch.zeros(5 + len(terms), dtype=accumulation_dtype(run.device), device=run.device)
-        self.bar = tqdm(total=plan.total, unit="update", disable=None if run.is_main else True)
-        self._last_logged = (0, 0.0)  # update, train seconds
+        self.skipped = 0  # updates that a gradient scaler skipped, because a gradient had overflowed
+        self.meter = LossMeter(run.accelerator, terms)
+        self._evaluate_at: int | None = None  # the update of the next evaluation
+        self.progress = Progress(run, plan, distillation, interval=args.log_interval)
         self._silence_noted = False
         self._clipped = list(model_parameters(student, exclude_head="agc" in self.clip_mode))
 
@@ -94,8 +96,9 @@ class Job:
         if state:
             self.run.load(self.ema and self.ema.module)
             self.update = self.started_from = state["update"]
-            self.meter += self.meter.new_tensor(state["meter"])
-            self.bar.update(self.update)
+            self.skipped = state["skipped"]
+            self._evaluate_at = self.update if state["evaluation_due"] else None
+            self.meter.load_state(state["meter"])
             self._silence_noted = self.distillation.off is not None
 
     def facts(self) -> dict:
@@ -106,6 +109,7 @@ class Job:
             "flops": self.flops,
             "params": sum(p.numel() for p in self.student.parameters()),
             "weights": "ema" if self.ema else "raw",
+            "skipped_updates": self.skipped,
         }
 
     # ---- updates ----
@@ -118,16 +122,18 @@ class Job:
             self.scheduler.step_update(self.update)
             self.distillation.advance(self.update)
             self._note_silence()
+            compiled, seconds = compilations(), self.run.clock.train_seconds
             yield self.update
+            if compilations() > compiled:
+                self.run.clock.set_back(seconds)
+                self.distillation.forget_update()
             self.distillation.advance(self.update)  # so that a checkpoint at the end of the window knows of its end
             self._note_silence()
             self.stopped = self.run.should_stop(self.update, now=self.update == stop)
 
-    @contextlib.contextmanager
-    def accumulating(self, last: bool) -> Iterator[None]:
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         """Synchronise gradients only in the last micro-batch of an update."""
-        with contextlib.nullcontext() if last else self.run.accelerator.no_sync(self.model):
-            yield
+        return contextlib.nullcontext() if last else self.run.accelerator.no_sync(self.model)
 
     def step(self, losses: Tensor) -> None:
         """Finish an update whose gradients are complete.
@@ -139,45 +145,70 @@ class Job:
         if self.clip_grad is not None:
             run.accelerator.unscale_gradients()
             dispatch_clip_grad(self._clipped, self.clip_grad, mode=self.clip_mode)
+        run.seed_step(self.update)
         self.optimizer.step()
+        skipped = self.optimizer.step_was_skipped  # by a gradient scaler, on all processes
         self.optimizer.zero_grad()
         self.update += 1
-        if self.ema:
-            self.ema.update(self.student, step=self.update)
         taught = self.distillation.count_update()
-        run.watch(losses[0])
-        # made on the device: no copy to wait for
-        counts = torch.stack([torch.ones_like(losses[0]), torch.full_like(losses[0], float(taught))])
-        self.meter += torch.cat([counts, losses])
-        self.bar.update()
+        run.stopping.watch(losses[0])
+        if skipped:  # it counts as an update: the data, the learning rate and lambda are functions of their number
+            self.skipped += 1
+        else:
+            self.meter.add(losses, taught)
+            if self.ema:
+                self.ema.update(self.student, step=self.update)
         if not run.clock.running and self.update - self.started_from >= WARMUP_UPDATES:
             run.clock.start()
             self.distillation.restart_timer()
-        if self.update % self.log_interval == 0:
-            self._log_progress(*losses[:3].tolist())
-
-    def _log_progress(self, loss: float, task_loss: float, kd_loss: float) -> None:
-        kd, seconds = self.distillation, self.run.clock.train_seconds
-        last_update, last_seconds = self._last_logged
-        self._last_logged = (self.update, seconds)
-        text = f"loss {loss:.4f}"
-        if kd.weight > 0:
-            text += f" = task {task_loss:.4f} + {kd.weight:.3g} x kd {kd_loss:.4f} (T {kd.temperature:.2f})"
-        text += f" lr {self.optimizer.param_groups[0]['lr']:.3g}"
-        if last_seconds:
-            rate = (self.update - last_update) * self.plan.batch / (seconds - last_seconds)
-            text += f" {rate:.0f} samples/s"
-        self.bar.set_postfix_str(text)
-        self.run.log(f"epoch {self.epoch:.2f} update {self.update}/{self.plan.total} {text}")
+        self.progress.show(self.update, losses[:3], lr=self.optimizer.param_groups[0]["lr"])
 
     # ---- evaluations ----
 
-    def next_stop(self, evaluation: int) -> tuple[int, bool]:
-        """The update to train to, and whether to evaluate there; `evaluation` is where the next evaluation is due."""
-        evaluation = min(evaluation, self.plan.total)
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the weights of this update are still to be evaluated."""
+        return self.update == self._evaluate_at
+
+    @property
+    def done(self) -> bool:
+        """Whether all updates and evaluations of the run are done."""
+        return self.update >= self.plan.total and not self.evaluation_due
+
+    def next_stop(self, evaluation: int) -> int:
+        """The update to train to: `evaluation`, or this one if the run was resumed where an evaluation is due."""
+        if self.evaluation_due:
+            return self.update
+        self._evaluate_at = min(evaluation, self.plan.total)
         interval = self.recovery_interval
-        recovery = (self.update // interval + 1) * interval if interval else evaluation
-        return min(evaluation, recovery), evaluation <= recovery
+        recovery = (self.update // interval + 1) * interval if interval else self._evaluate_at
+        return min(self._evaluate_at, recovery)
+
+    @contextlib.contextmanager
+    def saved(self) -> Iterator[bool]:
+        """Save, have the block evaluate where that is due, and save again, all of it outside the train seconds.
+
+        What was trained is safe before the evaluation begins; a resumed run goes on with an evaluation that was not
+        finished.
+
+        Raises:
+            NonFiniteLoss: the weights are broken; nothing is saved.
+            Preempted: a signal asked for it, in the updates before or during the evaluation.
+        """
+        run, due = self.run, self.evaluation_due
+        with run.clock.paused():
+            if not torch.nn.utils.get_total_norm(self.student.parameters()).isfinite():
+                run.fail(f"the weights are not finite after update {self.update}")
+            self._save()
+            if self.stopped and not self.done:
+                run.preempt()
+            try:
+                yield due
+            except Preempted:
+                run.preempt()
+            if due:
+                self._evaluate_at = None
+                self._save()
 
     def model_to_evaluate(self) -> nn.Module:
         """`evaluated_model` in eval mode, with the same BatchNorm statistics on all processes."""
@@ -188,9 +219,9 @@ class Job:
         """Write down the reported metrics of an evaluation and keep the best model."""
         run, record, kd = self.run, self.run.record, self.distillation
         self._note_silence()
-        if not all(map(math.isfinite, metrics.values())):  # the last update may have broken the weights unnoticed
+        if not all(map(math.isfinite, metrics.values())):
             run.fail(f"the evaluation at update {self.update} is not finite: {metrics}")
-        losses = self._take_mean_losses()
+        losses = self.meter.take_means()
         self._take_teacher_seconds()
         evaluation = kd.take_evaluation()
         flops = self.update * self.flops["student_update"] + kd.updates * self.flops["teacher_forward"]
@@ -211,20 +242,11 @@ class Job:
         if "switch" in evaluation:
             values += f"; switch split {evaluation['switch']:.4g}, teacher {kd.score['switch']:.4g}"
         run.log(f"epoch {self.epoch:.4g}, update {self.update}: {values}")
+        if self.skipped:
+            record.write_summary(skipped_updates=self.skipped)
+            run.log(f"{self.skipped} updates so far were skipped, because a gradient overflowed in fp16")
         if is_best and run.keeps and run.is_main:
             self.export(self.evaluated_model, run.folder / "best")
-
-    def _take_mean_losses(self) -> dict[str, float]:
-        """The mean losses since the last evaluation by column; those called kd_* over the taught updates, if any."""
-        updates, taught, *sums = self.run.mean(self.meter)
-        self.meter.zero_()
-        means = {}
-        for name, total in zip(("train_loss", "task_loss", "kd_loss", *self.terms), sums, strict=True):
-            if not name.startswith("kd_"):
-                means[name] = total / updates
-            elif taught:
-                means[name] = total / taught
-        return means
 
     def _take_teacher_seconds(self) -> None:
         self.run.clock.teacher_seconds += self.distillation.take_seconds()
@@ -241,32 +263,19 @@ class Job:
 
     # ---- checkpoints, the first lines and the last ----
 
-    def save(self) -> None:
-        """Write a checkpoint: after an evaluation, at a --recovery-interval, or because of a signal.
-
-        Raises:
-            Preempted: after it is written, if a signal ended the loop before the run was done.
-        """
+    def _save(self) -> None:
         self._take_teacher_seconds()
-        self.run.save(
-            self.update,
-            ema=self.ema and self.ema.module,
-            flops=self.flops,
-            meter=self.run.mean(self.meter),
-            **self.distillation.state_dict(),
-        )
-        if self.stopped and self.update < self.plan.total:
-            self.run.finish("preempted")
-            raise Preempted(f"stopped by a signal and saved at update {self.update}; go on with --resume auto")
+        sums = {"flops": self.flops, "meter": self.meter.state(), "skipped": self.skipped}
+        state = {**sums, "evaluation_due": self.evaluation_due, **self.distillation.state_dict()}
+        self.run.save(self.update, ema=self.ema and self.ema.module, **state)
 
     def finish(self) -> None:
         """Export the final model, close the run and say what happened."""
         run = self.run
-        self.bar.close()
+        self.progress.bar.close()
         if run.keeps and run.is_main:
             self.export(self.evaluated_model, run.folder / "model")
-        summary = run.record.summary()
-        for line in last_lines(summary, place=str(run.folder) if run.keeps else "nothing kept"):
+        for line in last_lines(run.record.summary(), place=str(run.folder) if run.keeps else "nothing kept"):
             run.log(line)
         run.finish("finished")
 

@@ -4,18 +4,24 @@ The images come in the same order as from the loader, with augmentation of the s
 image is a function of (seed, epoch, position in the split), whatever the batch size and the number of processes.
 """
 
+import os
+import shutil
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from w2s.engine.errors import InputError
+from w2s.engine.launch import processes_here
 from w2s.engine.randomness import epoch_order, mix_seed
 from w2s.images.datasets import read_image
 
@@ -126,13 +132,15 @@ def resolve_cache(
             raise InputError(f"--cache {cache} cannot do {obstacle}; use --cache none for that, in a new run")
         return cache
     channels, height, width = input_size
+    size = images * channels * (height + 2 * pad) * (width + 2 * pad)
+    free = [psutil.virtual_memory().available]  # the processes of a machine share one copy, see `_shared_arrays`
     if accelerator.device.type == "cuda":
-        free = torch.cuda.mem_get_info(accelerator.device)[0]
-    else:
-        free = psutil.virtual_memory().available / accelerator.num_processes
-    fits = images * channels * (height + 2 * pad) * (width + 2 * pad) <= MEMORY_SHARE * free
-    choice = "device" if fits and not obstacle else "none"
-    return broadcast_object_list([choice])[0]  # memory differs between processes, the choice must not
+        free.append(torch.cuda.mem_get_info(accelerator.device)[0])
+    fits = size <= MEMORY_SHARE * min(free)
+    if processes_here()[1] > 1:
+        fits = fits and size < shutil.disk_usage(tempfile.gettempdir()).free
+    # memory differs between processes, the choice must not
+    return "device" if all(gather_object([fits])) and not obstacle else "none"
 
 
 def cache_device(cache: str, accelerator: Accelerator) -> torch.device | None:
@@ -155,6 +163,8 @@ def cache_split(
 ) -> CachedSplit:
     """Decode and resize some images of a dataset, and keep them on a device.
 
+    The processes of a machine share the work and the memory: each image is decoded once. All processes call this.
+
     Args:
         dataset: where the images are.
         rows: which of them, in this order.
@@ -165,7 +175,7 @@ def cache_split(
         channels_last, pad, hflip, vflip: see `CachedSplit`.
 
     Raises:
-        InputError: an image is corrupt; it is named.
+        InputError: an image is corrupt; it is named. Or there is no room for the images.
     """
 
     def decode(row: int) -> tuple[np.ndarray, int]:
@@ -173,15 +183,17 @@ def cache_split(
         return np.asarray(transform(image)).transpose(1, 2, 0), target
 
     channels, height, width = data_config["input_size"]
-    images = np.zeros((len(rows), height + 2 * pad, width + 2 * pad, channels), np.uint8)
-    targets = torch.empty(len(rows), dtype=torch.long)
+    index, count = processes_here()
+    images, targets = _shared_arrays((len(rows), height + 2 * pad, width + 2 * pad, channels), index, count)
     with ThreadPoolExecutor() as pool:
-        for position, (image, target) in enumerate(pool.map(decode, rows)):
+        mine = range(index, len(rows), count)
+        for position, (image, target) in zip(mine, pool.map(decode, rows[index::count]), strict=True):
             images[position, pad : pad + height, pad : pad + width] = image
             targets[position] = target
+    PartialState().wait_for_everyone()
     return CachedSplit(
         torch.from_numpy(images).to(device),
-        targets.to(device),
+        torch.from_numpy(targets).to(device),
         mean=data_config["mean"],
         std=data_config["std"],
         channels_last=channels_last,
@@ -189,3 +201,36 @@ def cache_split(
         hflip=hflip,
         vflip=vflip,
     )
+
+
+def _shared_arrays(shape: tuple[int, ...], index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, C) uint8 of 0 and targets (N,) int64, in memory that the processes of a machine share.
+
+    It is a file that all of them map and that has no name any more, so that a kill leaves nothing behind.
+
+    Args:
+        shape: of the images.
+        index, count: see `processes_here`.
+
+    Raises:
+        InputError: the disk for temporary files is full.
+    """
+    if count == 1:
+        return np.zeros(shape, np.uint8), np.zeros(shape[0], np.int64)
+    path = Path(tempfile.gettempdir()) / f"w2s-{broadcast_object_list([uuid.uuid4().hex])[0]}"
+    size = 8 * shape[0] + int(np.prod(shape))
+    try:
+        if index == 0:
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
+        PartialState().wait_for_everyone()
+        memory = np.memmap(path, np.uint8, "r+", shape=(size,))
+        PartialState().wait_for_everyone()
+    except OSError as error:
+        reason = f"{error.strerror}: {size / 2**30:.1f} GiB in {path.parent}, where TMPDIR may name another folder"
+        raise InputError(f"--cache: no room for the images ({reason}); or use --cache none") from None
+    finally:
+        if index == 0:
+            path.unlink(missing_ok=True)
+    targets, images = memory[: 8 * shape[0]].view(np.int64), memory[8 * shape[0] :]
+    return np.asarray(images.reshape(shape)), np.asarray(targets)

@@ -21,6 +21,7 @@ from w2s.images.augmentation import (
     eval_transform,
 )
 from w2s.images.cache import cache_device, cache_split, resolve_cache
+from w2s.images.chance import guessing_metrics
 from w2s.images.classes import Classes
 from w2s.images.datasets import check_decodable, class_names, image_mode, open_dataset, targets_of
 from w2s.images.loading import ImageSplit
@@ -42,6 +43,7 @@ class ImageData:
         samples: training images an epoch.
         cache: what `--cache` means for this run: "device", "cpu" or "none".
         sizes: of the splits, for summary.json and the first lines.
+        guess: what guessing scores on the reporting split, see `guessing_metrics`.
     """
 
     train: Dataset | None
@@ -51,6 +53,7 @@ class ImageData:
     samples: int
     cache: str
     sizes: dict[str, int]
+    guess: dict[str, float]
 
     @property
     def num_classes(self) -> int:
@@ -81,7 +84,7 @@ def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) 
     if is_stream(args.dataset):
         return _load_stream(args, train_transform, report_transform, cache=cache)
     mode = image_mode(args.in_chans)
-    dataset, targets, report, num_classes = _open_checked(args, mode)
+    dataset, targets, report, report_targets, num_classes = _open_checked(args, mode)
     train_rows, switch_rows = stratified_split(
         targets,
         num_classes=num_classes,
@@ -102,10 +105,9 @@ def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) 
         pad=args.pad_crop or 0,
         accelerator=accelerator,
     )
-    device = cache_device(cache, accelerator)
 
     def build_split(part: Dataset, rows: np.ndarray, training: bool = False) -> Dataset:
-        if device is None:
+        if (device := cache_device(cache, accelerator)) is None:
             decoded = check_decodable(part, rows, mode=mode, limit=args.check_images)
             transform, seed = (train_transform, args.seed) if training else (report_transform, None)
             return ImageSplit(part, rows, mode=mode, transform=transform, seed=seed, decoded=decoded)
@@ -122,6 +124,7 @@ def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) 
         samples=len(train_rows),
         cache=cache,
         sizes={"train": len(train_rows), "switch": len(switch_rows), "report": len(report_rows)},
+        guess=guessing_metrics(report_targets[report_rows], num_classes),
     )
 
 
@@ -148,11 +151,11 @@ def _named_classes(dataset: Dataset, count: int) -> Classes:
     return Classes(count, (tuple(str(names[label]) for label in range(count)),) if is_named else ())
 
 
-def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, int]:
+def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, np.ndarray, int]:
     """Open the training and the reporting split, with the same classes in both and images of every class.
 
     Returns:
-        The training split, its labels (N,), the reporting split, and the number of classes.
+        The training split, its labels (N,), the reporting split, its labels, and the number of classes.
 
     Raises:
         InputError: a split cannot be opened, or its classes are not those of the other.
@@ -172,7 +175,7 @@ def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, int]:
     num_classes = num_classes or int(targets.max()) + 1
     _refuse_empty_classes(targets, args.train_split, num_classes=num_classes, names=names)
     if args.val_split == SWITCH:
-        return train, targets, train, num_classes
+        return train, targets, train, targets, num_classes
     report = open_split(args.val_split, class_map=args.class_map)
     report_names = class_names(report)
     if names and report_names != names:
@@ -188,7 +191,7 @@ def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, int]:
     _refuse_empty_classes(report_targets, args.val_split, num_classes=num_classes, names=report_names)
     if args.train_split == args.val_split:
         raise InputError(f"training and reporting on the same split '{args.val_split}'; see --train-split, --val-split")
-    return train, targets, report, num_classes
+    return train, targets, report, report_targets, num_classes
 
 
 def _check_class_names(
@@ -254,6 +257,7 @@ def _load_stream(args, train_transform: Callable, report_transform: Callable, *,
         samples=samples,
         cache="none",
         sizes={"train": samples, "switch": switch.total if switch is not None else 0, "report": report.total},
+        guess=guessing_metrics(np.arange(args.num_classes), args.num_classes),  # as if the classes were equally large
     )
 
 

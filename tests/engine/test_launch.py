@@ -1,0 +1,72 @@
+"""What the processes of a launch decide together, and what they are told of their machine."""
+
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from helpers import on_processes, refused
+
+from w2s.engine.errors import Finished, InputError
+from w2s.engine.launch import build_accelerator, decide_on_main, processes_here, refuse_together, wait_for_device
+
+
+def rank_seen(accelerator) -> int:
+    return decide_on_main(lambda: accelerator.process_index)
+
+
+def finished_on_main(accelerator) -> None:
+    def decide() -> None:
+        raise Finished("complete")
+
+    decide_on_main(decide)
+
+
+def refused_on_the_other(accelerator) -> None:
+    refuse_together("no disk" if accelerator.process_index == 1 else None)
+
+
+def place(accelerator) -> tuple[int, int]:
+    return processes_here()
+
+
+def test_the_main_process_decides_for_all():
+    assert on_processes(2, rank_seen) == [0, 0]
+
+
+def test_what_ends_the_main_process_ends_all():
+    assert [(type(e), str(e)) for e in on_processes(2, finished_on_main)] == [(Finished, "complete")] * 2
+
+
+def test_what_one_process_finds_wrong_all_refuse():
+    assert [(type(e), str(e)) for e in on_processes(2, refused_on_the_other)] == [(InputError, "no disk")] * 2
+
+
+def test_the_processes_of_a_machine_know_each_other():
+    assert on_processes(2, place) == [(0, 2), (1, 2)]
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(accelerator, tmp_path, monkeypatch):
+    """torchrun on a CPU starts two that Accelerate takes for two runs."""
+    accelerate.state.AcceleratorState._reset_state(True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with refused("2 processes", "joins 1", "cpu_two.yaml"):
+        build_accelerator(tmp_path, None)
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("cpu", 0), ("cuda", 1), ("mps", 1), ("xpu", 1)])
+def test_a_clock_waits_for_every_kind_of_accelerator(kind, waits, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: calls.append(kind))
+    wait_for_device(torch.device(kind))()
+    assert len(calls) == waits
+
+
+def ddp_options(accelerator) -> tuple[bool, bool]:
+    model = build_accelerator(Path("run"), None).prepare(torch.nn.Linear(2, 2))
+    return model.broadcast_buffers, model.gradient_as_bucket_view
+
+
+def test_buffers_are_not_sent_around_and_gradients_not_copied():
+    assert on_processes(2, ddp_options) == [(False, True)] * 2

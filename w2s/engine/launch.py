@@ -1,0 +1,134 @@
+"""The processes of a launch: the accelerator that joins them, where they run, and what they decide together."""
+
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import accelerate
+import timm
+import torch
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
+
+from w2s.engine.errors import Finished, InputError
+
+TIMEOUT = timedelta(hours=1)  # of collective operations: the main process may write or compute for long
+
+Decision = TypeVar("Decision")
+
+
+def build_accelerator(folder: Path, trackers: list[str] | None) -> accelerate.Accelerator:
+    """The accelerator of a run.
+
+    Args:
+        folder: the run folder.
+        trackers: their names, as Accelerate knows them.
+
+    Raises:
+        InputError: several processes were started that know nothing of each other.
+    """
+    # the buffers that are evaluated and saved are those of the main process, see `Run.share_buffers`
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate does not know its new name yet
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = accelerate.Accelerator(
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=TIMEOUT)],
+        mixed_precision=default_precision(),
+        log_with=trackers,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
+    )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise InputError(
+            f"{started} processes were started (WORLD_SIZE), but Accelerate joins {accelerator.num_processes}, so that "
+            "each would train alone: on CPUs, use accelerate launch --config_file recipes/accelerate/cpu_two.yaml"
+        )
+    return accelerator
+
+
+def default_precision() -> str | None:
+    """bf16 on GPUs that have it, unless a launcher has decided."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or not torch.cuda.is_available():
+        return None
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+
+
+def wait_for_device(device: torch.device) -> Callable[[], None]:
+    """What waits until all work that was queued on a device is done."""
+    return (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
+
+
+def environment(accelerator: accelerate.Accelerator) -> dict:
+    """Versions, hardware and precision, for summary.json."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    try:
+        git = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        git = None
+    return {
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "python": sys.version.split()[0],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "device": name,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "git": git,
+    }
+
+
+def decide_on_main(decide: Callable[[], Decision]) -> Decision:
+    """What the main process decides, on all processes: each of them might see another state of a shared disk.
+
+    Args:
+        decide: called on the main process only; its result must be picklable.
+
+    Raises:
+        InputError, Finished: on all processes, where `decide` raises it.
+    """
+    outcome = None
+    if accelerate.PartialState().is_main_process:
+        try:
+            outcome = decide(), None
+        except (InputError, Finished) as error:
+            outcome = None, error
+    decision, error = broadcast_object_list([outcome])[0]
+    if error is not None:
+        raise error
+    return decision
+
+
+def refuse_together(problem: str | None) -> None:
+    """Refuse on all processes what any of them finds wrong.
+
+    Args:
+        problem: what this process finds wrong, if anything.
+
+    Raises:
+        InputError: on all processes, with the first problem.
+    """
+    if problems := [found for found in gather_object([problem]) if found]:
+        raise InputError(problems[0])
+
+
+def processes_here() -> tuple[int, int]:
+    """The index of this process among those of its machine, and their number. All processes call this."""
+    machines, process = gather_object([socket.gethostname()]), accelerate.PartialState().process_index
+    here = [rank for rank, machine in enumerate(machines) if machine == machines[process]]
+    return here.index(process), len(here)

@@ -85,3 +85,8 @@ def test_arms_may_differ_in_their_control_but_an_arm_may_not(tmp_path, arms, cap
     set_option(arms[1][0], kd_control="shuffled")
     assert main(command(*arms, tmp_path / "out")) == 0
     assert re.search(r"\| kd_control +\| none +\| shuffled +\|", report_of(tmp_path))
+
+
+def test_options_of_a_teacher_that_is_not_there_may_differ(tmp_path, arms):
+    set_option(arms[0][0], kd_weight=1.0)
+    assert result_of(tmp_path, *arms)["arms"]

@@ -33,14 +33,18 @@ def common_settings(run: RunFolder) -> dict:
 def _distillation_settings(run: RunFolder) -> dict:
     """What runs of the same arm must have in common beside the common settings.
 
-    The teacher is known by the name of its folder, since folders may have been moved.
+    The teacher is known by the name of its folder, since folders may have been moved. Without a teacher its
+    options have no effect, so that they may differ.
     """
+    teacher, folder = run.summary["teacher"], teacher_folder(run)
+    if not teacher:
+        return {"teacher": None}
     settings = {name: value for name, value in run.options.items() if name.startswith(("kd_", "teacher_classes"))}
-    teacher, folder = run.summary["teacher"] or {}, teacher_folder(run)
-    settings["teacher model"] = teacher.get("model")
-    settings["teacher params"] = teacher.get("params")
-    settings["teacher"] = folder.name if folder else None
-    return settings
+    return settings | {
+        "teacher": folder.name if folder else None,
+        "teacher model": teacher.get("model"),
+        "teacher params": teacher.get("params"),
+    }
 
 
 def _evaluation_grid(run: RunFolder) -> list[tuple]:

@@ -22,7 +22,7 @@ if args.taught:
     kd.teacher = Teacher(weak_teacher(), name="perceptron", source="digits", device="cpu")
     kd.score = kd.teacher.facts(**{name: accuracy(kd.teacher, data[name]) for name in ("switch", "report")})
 
-facts = {"task": "classification", "name": args.folder.name, "seed": args.seed, "teacher": kd.score}
+facts = {"task": "cls", "name": args.folder.name, "seed": args.seed, "teacher": kd.score}
 record = RunRecord(args.folder, metric="top1", mode="max", targets=[80, 90], reported=("top1",), facts=facts)
 record.start({"epochs": args.epochs, "batch_size": 64, "lr": 3e-3})
 clock, update = Clock(), 0

@@ -131,7 +131,7 @@ class TaughtRun:
             targets=self.targets,
             reported=(self.metric,),
             facts={
-                "task": "classification",
+                "task": "cls",
                 "name": self.folder.name,
                 "status": "running",
                 "seed": self.seed,

@@ -64,7 +64,7 @@ class ClassMap(NamedTuple):
 
 def match_classes(student: Classes, teacher: Classes, *, map_file: str | None, spec: str, least: int = 1) -> ClassMap:
     """Match the classes of teacher and student: by a file; by name where both have names and one side has all those of
-    the other; or else, where they are equally many, by position.
+    the other; by position where one side has no names and they are equally many.
 
     Args:
         student, teacher: the classes of both.
@@ -82,7 +82,7 @@ def match_classes(student: Classes, teacher: Classes, *, map_file: str | None, s
     if columns is None:
         raise InputError(
             f"the teacher has {teacher.count} classes, the data {student.count}: {spec} does not fit{how}; say which "
-            "belong together with --teacher-classes"
+            "belong together with --teacher-classes FILE, one class of the teacher on a line, by name or number"
         )
     matched = ClassMap(columns, how)
     if len(matched.known) < least:
@@ -101,8 +101,8 @@ def _match_names(student: Classes, teacher: Classes) -> tuple[list[int | None] |
             if is_unique and shared and shared in (len(own), len(other)):
                 return [other.get(_plain(name)) for name in own_names], "by name"
             most = max(most, shared)
-    if most:  # names of the same kind: their order may not be trusted
-        return None, f", and only {most} of their names agree"
+    if student.namings and teacher.namings:  # the order of names that disagree may not be trusted
+        return None, f", and {f'only {most}' if most else 'none'} of their names agree"
     if student.count == teacher.count and not any(None in names for names in teacher.namings):
         return list(range(student.count)), "by position"
     return None, ""

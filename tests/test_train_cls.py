@@ -1088,7 +1088,7 @@ def test_a_bad_teacher_is_refused(what, needed, tmp_path, tiny_teacher):
             export(create_model("resnet10t", 10, model_kwargs=narrow | {"channels": (8, 8, 8, 16)}), tmp_path / "other")
             shutil.copy(tmp_path / "other" / "model.safetensors", weights)
         elif what == "file without its architecture":
-            teacher = weights
+            teacher = weights.rename(tmp_path / "old.safetensors")
         elif what == "damaged config":
             (teacher / "config.json").write_text('{"architecture": ')
     message = refusal(DIGITS, RESNET, "--teacher", teacher, more, "--name run --output", tmp_path / "out")

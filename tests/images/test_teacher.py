@@ -172,8 +172,16 @@ def test_a_grey_teacher_fits_grey_images(tmp_path, form):
     if form == "folder":
         found, _ = load(tmp_path, channels=1)
     else:
-        found, _ = load(tmp_path / "model" / "model.safetensors", "resnet10t", TINY, channels=1)
+        (tmp_path / "model" / "model.safetensors").rename(tmp_path / "old.safetensors")
+        found, _ = load(tmp_path / "old.safetensors", "resnet10t", TINY, channels=1)
     assert torch.equal(logits(found, pixels(channels=1)), logits(model, pixels(channels=1)))
+
+
+def test_the_weights_alone_of_an_exported_model_are_refused(tmp_path):
+    """Another architecture of the same tensors, such as one with a small stem, would load them in silence."""
+    export(model_of(), tmp_path / "model")
+    with refused("model.safetensors is a part of an exported model: give its folder", str(tmp_path / "model")):
+        load(tmp_path / "model" / "model.safetensors", "resnet10t", TINY)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), [("vit_tiny_patch16_224", TINY_VIT), ("resnet10t", TINY)])

@@ -53,6 +53,8 @@ def load_teacher(
     """
     path, in_chans = Path(spec.removeprefix("local-dir:")), data_config["input_size"][0]
     if path.suffix in WEIGHT_FILES and not path.is_dir():
+        if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
+            raise InputError(f"--teacher {path} is a part of an exported model: give its folder, {path.parent}")
         model = _load_file(
             path,
             name=model_name,

@@ -77,7 +77,7 @@ class KillAt(TrainerCallback):
 
 
 ONE_UPDATE = {
-    "num_train_epochs": 1, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "eval_strategy": "no",
+    "num_train_epochs": 1, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "eval_strategy": "epoch",
     "save_strategy": "no",
 }  # fmt: skip
 
@@ -170,3 +170,16 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(whole, tmp_path, kil
     assert trainer.run.seen == {update: seen for update, seen in run.seen.items() if update >= start}
     assert teacher.calls == (run.distillation.off["update"] - start if killed_at == 7 else 0)
     assert timeless(tmp_path / "run") == timeless(folder)
+
+
+def test_a_trainer_that_never_evaluates_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="set eval_strategy"):
+        trainer_of(tmp_path / "run", eval_strategy="no").train()
+
+
+@pytest.mark.parametrize("teacher", [None, CountingTeacher])
+def test_a_metric_that_compute_metrics_does_not_give_is_named(tmp_path, teacher):
+    trainer = trainer_of(tmp_path / "run", teacher and teacher(), num_train_epochs=1)
+    trainer.compute_metrics = lambda found: {"top1": 0.0}
+    with pytest.raises(ValueError, match=r"no .accuracy., which the run reports; there is: .*top1"):
+        trainer.train()

@@ -121,6 +121,27 @@ def test_a_finished_run_is_not_written_over(tmp_path):
         begin(taught(tmp_path / "run"))
 
 
+def test_an_interrupted_run_is_not_written_over(tmp_path):
+    epochs(begin(taught(tmp_path / "run")), 0, 50)
+    with pytest.raises(ValueError, match="interrupted after update 10: resume it"):
+        begin(taught(tmp_path / "run"))
+    assert len(read_rows(tmp_path / "run")) == 1
+
+
+def test_the_micro_batches_of_an_update_are_one_update(tmp_path):
+    run = begin(taught(tmp_path / "run"))
+    for update in (35, 35, 36, 36):
+        run.advance(update)
+    assert run.distillation.updates == 2
+
+
+def test_options_that_yaml_cannot_hold_are_written_as_text(tmp_path):
+    run = TaughtRun(tmp_path / "run", metric="accuracy", options={"folder": tmp_path, "sizes": (1, 2)})
+    run.begin(updates_per_epoch=10, device=CPU, options={"loss": math.sqrt})
+    options = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert options == {"folder": str(tmp_path), "sizes": [1, 2], "loss": str(math.sqrt)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -85,7 +85,15 @@ class EarlyTrainer(Trainer):
                 }
         finally:
             self._answering = None
-        return {split: metrics[f"{split}_{self.run.metric}"] for split, metrics in found.items()}
+        return {split: self.metric_of(metrics, split) for split, metrics in found.items()}
+
+    def metric_of(self, metrics: dict[str, float], prefix: str) -> float:
+        """The run's metric among those of an evaluation; raises ValueError where `compute_metrics` does not give it."""
+        name = f"{prefix}_{self.run.metric}"
+        if name not in metrics:
+            given = ", ".join(sorted(key.removeprefix(f"{prefix}_") for key in metrics if key.startswith(f"{prefix}_")))
+            raise ValueError(f"compute_metrics gives no {self.run.metric!r}, which the run reports; there is: {given}")
+        return metrics[name]
 
 
 class _Watch(TrainerCallback):
@@ -102,6 +110,8 @@ class _Watch(TrainerCallback):
         train_dataloader: DataLoader,
         **kwargs: object,
     ) -> None:
+        if args.eval_strategy == "no":
+            raise ValueError("set eval_strategy: the switch-off and first@tau are decided at evaluations")
         if saved := state.stateful_callbacks.get(STATE):
             self.run.load_state_dict(saved)
         options = {name: value for name, value in args.to_sanitized_dict().items() if name not in PLACES}
@@ -135,9 +145,9 @@ class _Watch(TrainerCallback):
         if not self.trainer.is_in_train:
             return
         self.found |= metrics  # the Trainer evaluates one split after the other
-        report, switch = (self.found.get(f"eval_{split}_{self.run.metric}") for split in ("report", "switch"))
-        if report is None or switch is None:
+        if not all(any(key.startswith(f"eval_{split}_") for key in self.found) for split in ("report", "switch")):
             return
+        report, switch = (self.trainer.metric_of(self.found, f"eval_{split}") for split in ("report", "switch"))
         self.found = {}
         lr = self.trainer.optimizer.param_groups[0]["lr"]
         self.run.evaluated(state.global_step, report=report, switch=switch, lr=lr)

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from w2s.crossing import Clock
 from w2s.distillation import Distillation
 from w2s.losses import kl_softmax
-from w2s.record import RunRecord
+from w2s.record import RunRecord, read_metrics
 from w2s.schedule import EarlyPhase
 from w2s.teacher import Teacher
 
@@ -77,6 +77,7 @@ class TaughtRun:
         self.seed, self.options = seed, dict(options or {})
         self.samples = 0  # seen so far, by all processes
         self._model, self._rows = teacher, None
+        self._settled: int | None = None  # the update whose lambda is settled
 
     def adapt_teacher(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
         """Have the teacher, if there is one, answer through a module that fits it to the student's images."""
@@ -111,11 +112,11 @@ class TaughtRun:
             options: further ones that the adapter knows.
 
         Raises:
-            ValueError: the folder holds a finished run, or the teacher's score is not finite.
+            ValueError: the folder holds another run, or the teacher's score is not finite.
         """
         kd, resumed = self.distillation, self._rows is not None
-        if not resumed and _is_finished(self.folder):
-            raise ValueError(f"{self.folder} holds a finished run: choose another folder, or remove it")
+        if not resumed:
+            _refuse_another_run(self.folder)
         kd.updates_per_epoch = updates_per_epoch
         self.clock.sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         if kd.active:
@@ -141,7 +142,7 @@ class TaughtRun:
                 "environment": _environment(device, processes),
             },
         )
-        self.record.start({**self.options, **(options or {}), **_phase_options(kd.phase)}, rows=self._rows)
+        self.record.start(_plain({**self.options, **(options or {}), **_phase_options(kd.phase)}), rows=self._rows)
         if line := kd.describe():
             logger.info(line)
 
@@ -155,6 +156,9 @@ class TaughtRun:
 
     def advance(self, update: int) -> None:
         """Settle lambda(u) and T(u) of the update that begins after so many, for all of its micro-batches."""
+        if update == self._settled:
+            return
+        self._settled = update
         was_active = self.distillation.active
         self.distillation.advance(update)
         self.distillation.count_update()
@@ -238,11 +242,28 @@ class TaughtRun:
         self._rows, self.samples = list(state["rows"]), state["samples"]
 
 
-def _is_finished(folder: Path) -> bool:
+def _refuse_another_run(folder: Path) -> None:
+    """Raise ValueError where a folder holds a run that a new one would overwrite."""
     try:
-        return json.loads((folder / "summary.json").read_text())["status"] == "finished"
+        status = json.loads((folder / "summary.json").read_text())["status"]
     except FileNotFoundError:
-        return False
+        return
+    if status == "finished":
+        raise ValueError(f"{folder} holds a finished run: choose another folder, or remove it")
+    if rows := read_metrics(folder / "metrics.csv"):
+        raise ValueError(
+            f"{folder} holds a run that was interrupted after update {rows[-1]['update']:.10g}: resume it from its "
+            "checkpoint, or choose another folder"
+        )
+
+
+def _plain(value: object) -> object:
+    """A value as YAML can hold it; what it cannot hold, such as a path or a class, as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
 def _phase_options(phase: EarlyPhase | None) -> dict:

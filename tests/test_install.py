@@ -24,7 +24,7 @@ CORE = ("losses", "schedule", "crossing", "record", "distillation", "teacher", "
 LIBRARIES = (
     *("accelerate", "datasets", "diffusers", "faster_coco_eval", "huggingface_hub", "matplotlib", "numpy", "PIL"),
     *("psutil", "safetensors", "scipy", "sklearn", "tensorboard", "timm", "torch_fidelity", "torchvision", "tqdm"),
-    *("wandb", "wandb_workspaces", "webdataset", "yaml"),
+    *("wandb", "wandb_workspaces", "webdataset", "yaml", "lightning", "transformers"),
 )
 
 
@@ -70,6 +70,17 @@ def test_the_method_needs_torch_alone_and_the_rest_names_its_extra(without_extra
     assert set(said) == set(ROOMS)
     for room, extra in ROOMS.items():
         assert re.fullmatch(rf"\w+ is not installed; pip install 'w2s\[{extra}\]'", said[room])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "extra"), [("hf", "transformers"), ("lightning", "lightning"), ("timm_task", "cls")]
+)
+def test_an_adapter_without_its_library_names_the_extra(without_extras, adapter, extra):
+    done = python("-c", f"import w2s.adapters.{adapter}", **without_extras)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"ModuleNotFoundError: \w+ is not installed; pip install 'w2s\[{extra}\]'", done.stderr.splitlines()[-1]
+    )
 
 
 def test_the_comparison_without_its_libraries_names_the_extra(without_extras):

@@ -14,10 +14,16 @@ import math
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from w2s import require
 from w2s.adapters.taught import TaughtRun
 from w2s.teacher import Teacher
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ModuleNotFoundError:
+    require("transformers", "accelerate", "transformers")  # says which extra installs it
+    raise
 
 STATE = "w2s"  # the key in the Trainer's state
 PLACES = (  # arguments that say where a run goes and what is shown of it, in which the arms of a comparison may differ

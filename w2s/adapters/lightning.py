@@ -16,11 +16,16 @@ Lightning's checkpoints keep the state of the method, so `ckpt_path` continues i
 import math
 from collections.abc import Callable
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.data import extract_batch_size
-
+from w2s import require
 from w2s.adapters.taught import TaughtRun
 from w2s.teacher import Teacher
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities.data import extract_batch_size
+except ModuleNotFoundError:
+    require("lightning", "lightning")  # says which extra installs it
+    raise
 
 
 class EarlyTeaching(Callback):

@@ -16,12 +16,18 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from timm.task import ClassificationTask, DistillationTeacher
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from w2s import require
 from w2s.adapters.taught import TaughtRun
 from w2s.teacher import Teacher
+
+try:
+    from timm.task import ClassificationTask, DistillationTeacher
+    from timm.utils import unwrap_model
+except ModuleNotFoundError:
+    require("cls", "timm")  # says which extra installs it
+    raise
 
 
 class EarlyDistillationTask(ClassificationTask):

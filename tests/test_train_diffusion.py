@@ -492,7 +492,7 @@ def test_only_what_is_compared_with_is_measured(tiny_teacher, tmp_path):
         ("--fd-samples 1", r"--fd-samples 1: .* two images"),
         ("--target 0", "lies above 0"),
         ("--teacher-score -5", f"--teacher-score -5.0: {LABEL} lies above 0"),
-        ("--hflip 1.5", r"--hflip: must lie in \[0, 1\], got 1.5"),
+        ("--hflip 1.5", r"--hflip: takes a number in \[0, 1\], got 1.5"),
         ("--target fid10k=5", LABEL),
         ("--batch-size 100", "fewer than one update"),
         ("--warmup-updates 9", "--warmup-updates 9 is longer"),

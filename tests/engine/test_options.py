@@ -338,3 +338,17 @@ def test_targets_are_numbers_with_or_without_the_metrics_name():
 def test_an_impossible_target_is_refused(value, words):
     with refused("--target", *words):
         parse_targets(["65", value], "top1", 0, 100)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--epochs two", "--epochs: takes a whole number of at least 1, got two"),
+        ("--epochs 0", "--epochs: takes a whole number of at least 1, got 0"),
+        ("--kd-off later", "--kd-off: takes surpass, never or a number of 0 or more, got later"),
+        ("--hflip 2", "--hflip: takes a number in [0, 1], got 2"),
+    ],
+)
+def test_a_wrong_number_is_refused_in_words(words, message):
+    with refused(message):
+        build_parser().parse_recipe(words.split())

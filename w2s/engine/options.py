@@ -265,4 +265,9 @@ def run_name(args) -> str:
 
 
 def _kd_off(text: str) -> str | float:
-    return text if text in ("surpass", "never") else not_negative(text)
+    if text in ("surpass", "never"):
+        return text
+    try:
+        return not_negative(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"takes surpass, never or a number of 0 or more, got {text}") from None

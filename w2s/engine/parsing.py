@@ -5,10 +5,11 @@ unknown key or a value of the wrong type is refused in the same way.
 """
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -241,52 +242,24 @@ def add_switch(group: argparse._ArgumentGroup, name: str, help: str, default: bo
     group.add_argument(name, action=Switch, default=default, help=help)
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: 1, 2, 3, ..."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _checked(kind: type, holds: Callable[[float], bool], meaning: str) -> Callable[[str], float]:
+    """An argparse type: a number for which something `holds`, which the error calls by its `meaning`."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if holds(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"takes {meaning}, got {on_one_line(text)}")
+
+    return parse
 
 
-def natural_int(text: str) -> int:
-    """An argparse type: 0, 1, 2, ... below 2^32."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {value}")
-    return value
-
-
-def share(text: str) -> float:
-    """An argparse type: a number from 0 up to, but not, 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must lie in [0, 1), got {text}")
-    return value
-
-
-def probability(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """An argparse type: a number from 0 up."""
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return value
-
-
-def positive(text: str) -> float:
-    """An argparse type: a number above 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
+positive_int = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
+natural_int = _checked(int, lambda value: 0 <= value < 2**32, "a whole number of 0 or more")
+share = _checked(float, lambda value: 0 <= value < 1, "a number in [0, 1)")
+probability = _checked(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
+not_negative = _checked(float, lambda value: value >= 0, "a number of 0 or more")
+positive = _checked(float, lambda value: value > 0, "a number above 0")
 
 
 def backend(text: str) -> str:

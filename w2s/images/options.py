@@ -35,8 +35,8 @@ def add_classifier_options(parser: Parser) -> None:
     )
     add_switch(group, "--small-stem", "3x3 stride 1 and no pooling in the stem, for small images")
     group.add_argument("--gp", metavar="POOL", help="global pooling: avg, max, token, ... (default: the model's)")
-    group.add_argument("--drop", type=float, metavar="P", help="dropout of the classifier (default: the model's)")
-    group.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth (default: the model's)")
+    group.add_argument("--drop", type=probability, metavar="P", help="dropout of the classifier (default: the model's)")
+    group.add_argument("--drop-path", type=probability, metavar="P", help="stochastic depth (default: the model's)")
     add_switch(group, "--grad-checkpointing", "compute activations again in the backward, to save memory")
     add_weights_options(group)
 
@@ -60,11 +60,13 @@ def add_augmentation_options(parser: Parser) -> None:
     group.add_argument(
         "--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="its aspect (default: 3/4 to 4/3)"
     )
-    group.add_argument("--hflip", type=float, metavar="P", help="of a horizontal flip (default: 0.5; 0 for digits)")
-    group.add_argument("--vflip", type=float, default=0.0, metavar="P", help="of a vertical flip")
+    group.add_argument(
+        "--hflip", type=probability, metavar="P", help="of a horizontal flip (default: 0.5; 0 for digits)"
+    )
+    group.add_argument("--vflip", type=probability, default=0.0, metavar="P", help="of a vertical flip")
     group.add_argument("--color-jitter", type=float, default=0.4, metavar="X", help="strength of the colour jitter")
     group.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment, e.g. rand-m9-mstd0.5")
-    group.add_argument("--reprob", type=float, default=0.0, metavar="P", help="of random erasing")
+    group.add_argument("--reprob", type=probability, default=0.0, metavar="P", help="of random erasing")
     group.add_argument("--remode", default="pixel", metavar="MODE", help="what fills what was erased")
     group.add_argument("--mixup", type=not_negative, default=0.0, metavar="ALPHA", help="0: no mixup")
     group.add_argument("--cutmix", type=not_negative, default=0.0, metavar="ALPHA", help="0: no cutmix")

@@ -84,7 +84,7 @@ def test_two_arms_at_three_budgets(tmp_path, capsys):
     assert result["budgets"]["2"]["speedup"]["taught"]["epoch"]["at_least"] == 1.0  # 40 lies below the taught curve
     assert eight["speedup"]["taught"]["train_seconds_paid"]["geometric_mean"] is None  # the teacher's run is not there
     assert (tmp_path / "out" / "budget.png").read_bytes().startswith(b"\x89PNG")
-    sentence = "For the final top1 of alone, taught needs less budget by > 1.00x in epochs"
+    sentence = "Iso-quality speedup of taught over alone at its final top1: with 2 epochs, > 1.00x in epochs"
     assert sentence in (tmp_path / "out" / "budget.md").read_text()
     assert sentence in capsys.readouterr().out
 
@@ -114,6 +114,14 @@ def test_what_cannot_be_compared_is_refused(taught, options, message, tmp_path, 
     assert compare(tmp_path) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_at_one_length_points_to_budgets(tmp_path, capsys):
+    for arm in ("alone", "taught"):
+        write_arm(tmp_path / arm, {2: [40], 4: [50]})
+    arms = ("--arm", f"alone={tmp_path}/alone/*", "--arm", f"taught={tmp_path}/taught/*")
+    assert main([*arms, "--allow", "epochs", "grid", "lr", "--out", str(tmp_path / "out")]) == 2
+    assert "several lengths are compared with --budget" in capsys.readouterr().err
 
 
 def test_one_length_is_no_curve(tmp_path, capsys):

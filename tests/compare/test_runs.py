@@ -51,7 +51,6 @@ REFUSALS = {
     "another option": (lambda run: set_option(run, mixup=0.2), "the runs differ in mixup: 0.2 in "),
     "other weights": (lambda run: spoil_summary(run, weights="ema"), "the runs differ in weights: 'ema' in "),
     "other data": (lambda run: spoil_summary(run, data={"train": 9}), "the runs differ in data: {'train': 9} in "),
-    "within an arm": (lambda run: set_option(run, kd_weight=1.0), "runs of arm baseline differ in kd_weight: 1.0 in "),
     "shorter": (lambda run: drop_rows(run, 4), "disagree in last (62.0, 61): edited by hand?"),
     "update twice": (in_csv("5.0,50,", "5.0,40,"), "metrics.csv is malformed: update 40 comes after update 40"),
     "update back": (in_csv("5.0,50,", "5.0,30,"), "metrics.csv is malformed: update 30 comes after update 40"),

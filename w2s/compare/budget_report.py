@@ -16,7 +16,8 @@ NOTE = (
     "Each run has a whole schedule of its length, and each arm its own settings at each length. The speedup is how "
     "much less budget an arm needs for the final quality that the reference has at this budget: the geometric mean "
     "over seeds with its 95 % interval, read off curves that are interpolated on the logarithm of the budget. `>` and "
-    "`<`: in some seed that quality lies outside the arm's curve, so that there is only a bound. Teacher paid: the "
+    "`<`: in some seed that quality lies outside the arm's curve, so that there is only a bound; below 1 the arm needs "
+    "more budget, not less. No figure: the seeds are bounded on different sides. Teacher paid: the "
     "teacher's own training is added to every budget of its arm."
 )
 
@@ -33,13 +34,14 @@ def budget_report(result: dict, command: str) -> str:
 def budget_verdict(result: dict) -> str:
     """The sentence about the first arm beside the reference, from the shortest to the longest budget."""
     reference, arm = list(result["arms"])[:2]
-    unit = "updates" if result["task"] == "diffusion" else "epochs"
+    unit = "update" if result["task"] == "diffusion" else "epoch"
     parts = []
     for length, entry in result["budgets"].items():
         speedup = entry["speedup"][arm]
-        texts = [speedup_text(speedup[axis]) for axis in ("epoch", "train_seconds")]
-        parts.append(f"{texts[0]} in {unit} and {texts[1]} in train seconds at {length} {unit}")
-    return f"For the final {result['metric']} of {reference}, {arm} needs less budget by " + "; ".join(parts) + "."
+        epochs, seconds = (speedup_text(speedup[axis]) for axis in ("epoch", "train_seconds"))
+        budget = f"{length} {unit}{'' if length == '1' else 's'}"
+        parts.append(f"with {budget}, {epochs} in {unit}s and {seconds} in train seconds")
+    return f"Iso-quality speedup of {arm} over {reference} at its final {result['metric']}: " + "; ".join(parts) + "."
 
 
 def speedup_text(speedup: dict) -> str:
@@ -50,7 +52,7 @@ def speedup_text(speedup: dict) -> str:
         return ratio_text(speedup["geometric_mean"]) + interval
     if speedup["at_least"] is not None:
         return f"> {ratio_text(speedup['at_least'])}"
-    return f"< {ratio_text(speedup['at_most'])}" if speedup["at_most"] is not None else "n/a"
+    return f"< {ratio_text(speedup['at_most'])}" if speedup["at_most"] is not None else "no figure"
 
 
 def budget_table(result: dict) -> Table:
@@ -61,7 +63,10 @@ def budget_table(result: dict) -> Table:
     rows = []
     for length, entry in result["budgets"].items():
         for arm in result["arms"]:
-            tuned = ", ".join(f"{name} {value}" for name, value in entry["tuned"][arm].items() if value is not None)
+            own = entry["tuned"][arm]
+            if own.get("lr") is not None:
+                own = {name: value for name, value in own.items() if name != "lr_base"}  # which --lr overrides
+            tuned = ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
             row = [length, arm, tuned, number_text(entry["final"][arm]["median"])]
             if arm == reference:
                 row += [""] * 5

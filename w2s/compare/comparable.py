@@ -110,7 +110,9 @@ def _check_arm(arm: str, group: list[RunFolder]) -> None:
     for run in group:
         if run.seed is None or seeds.count(run.seed) > 1:
             problem = "no seed" if run.seed is None else f"seed {run.seed} twice"
-            raise ValueError(f"arm {arm} has {problem} ({run.path}), so that its runs cannot be paired")
+            lengths = {other.options.get("epochs", other.options.get("updates")) for other in group}
+            hint = "; runs of several lengths are compared with --budget" if len(lengths) > 1 else ""
+            raise ValueError(f"arm {arm} has {problem} ({run.path}), so that its runs cannot be paired{hint}")
         settings = _distillation_settings(run)
         for name in expected | settings:
             if expected.get(name) != settings.get(name):

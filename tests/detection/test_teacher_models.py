@@ -250,3 +250,24 @@ def test_detectors_without_a_student_are_refused(name, words, tmp_path):
     torch.save(weights, tmp_path / "w.pth")
     with refused(*words):
         load_detector_teacher(str(tmp_path / "w.pth"), backbone=name, model_kwargs={}, student=tiny())
+
+
+def test_a_detector_without_a_student_is_refused_before_it_is_downloaded(monkeypatch):
+    def download(*args, **kwargs):
+        raise AssertionError("downloaded")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    with refused("neither RetinaNet nor Faster R-CNN"):
+        load_detector_teacher(
+            "torchvision/ssdlite320_mobilenet_v3_large",
+            backbone=None,
+            model_kwargs={},
+            student=coco_student("retinanet").config,
+        )
+    with refused("cannot build", "downloaded"):  # one that fits is
+        load_detector_teacher(
+            "torchvision/retinanet_resnet50_fpn",
+            backbone=None,
+            model_kwargs={},
+            student=coco_student("retinanet").config,
+        )

@@ -48,6 +48,9 @@ MAKES = {
     "lightning of compiled": {"pytorch-lightning_version": "2.5", "state_dict": weights(prefix="model._orig_mod.")},
     "model prefix": weights(prefix="model."),
     "model_state_dict": {"model_state_dict": weights(), "epoch": 3},
+    "net": {"net": weights(prefix="module."), "acc": 71.5},
+    "ema": {"ema": weights(), "model": weights(1)},
+    "basicsr": {"params": weights(1), "params_ema": weights()},
 }
 
 

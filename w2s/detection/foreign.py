@@ -53,14 +53,15 @@ def torchvision_detector(
     entry = entries[tag] if tag else entries.DEFAULT
     outputs = COCO_LABELS if weights is None else _count_outputs(weights, name)
     try:
-        if weights is None and trained:
+        model = get_model(builder, weights=None, weights_backbone=None, num_classes=outputs, **model_kwargs)
+        config = _config_of(model, name=f"{TORCHVISION}{builder}", outputs=outputs, model_kwargs=model_kwargs)
+        if weights is None and trained:  # downloaded once the detector is known to fit
             model = get_model(builder, weights=entry, progress=False, **model_kwargs)
-        else:
-            model = get_model(builder, weights=None, weights_backbone=None, num_classes=outputs, **model_kwargs)
+    except InputError:
+        raise
     except Exception as error:  # constructors and the download raise many kinds
         reason = f"{type(error).__name__}: {first_line(error, limit=200)}"
         raise InputError(f"cannot build torchvision's {builder}: {reason}") from None
-    config = _config_of(model, name=f"{TORCHVISION}{builder}", outputs=outputs, model_kwargs=model_kwargs)
     # torchvision freezes BatchNorm where it starts from trained weights; frozen, it does not count batches
     is_counted = any(key.endswith("num_batches_tracked") for key in weights) if weights else builder.endswith("_v2")
     if not is_counted:

@@ -14,7 +14,8 @@ from w2s.engine.errors import InputError, first_line
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 # where a checkpoint keeps its weights; a moving average comes before the weights that it averages
-PARTS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module")
+PARTS = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema", "state_dict", "model_state_dict")
+PARTS += ("params", "model", "module", "net", "weights")
 PREFIXES = ("module.", "model.")  # of DistributedDataParallel and of AveragedModel, and of a Lightning module's model
 
 
@@ -55,7 +56,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"cannot read weights {path}: {reason}") from None
     weights = _find_weights(content)
     if weights is None:
-        raise InputError(f"cannot read weights {path}: it holds no state_dict, that is, no tensors by name")
+        holds = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise InputError(
+            f"cannot read weights {path}: it holds no state_dict, that is, no tensors by name, but {holds}"
+        )
     options = content.get("args")
     options = vars(options) if isinstance(options, argparse.Namespace) else {}
     arch, model_kwargs = content.get("arch"), options.get("model_kwargs")

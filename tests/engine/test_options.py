@@ -352,3 +352,10 @@ def test_an_impossible_target_is_refused(value, words):
 def test_a_wrong_number_is_refused_in_words(words, message):
     with refused(message):
         build_parser().parse_recipe(words.split())
+
+
+@pytest.mark.parametrize("option", ["--drop-connect", "--lr-noise", "--save-images", "--train-crop-mode"])
+def test_an_option_that_is_not_here_is_not_taken_for_another(option):
+    with refused(f"unknown option {option}") as error:
+        build_parser().parse_recipe([option, "1"])
+    assert "did you mean" not in str(error.value)

@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
         if instead := remedy(name):
             return f": {instead}"
         known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
-        close = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+        close = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.8)
         return f", did you mean {dashes}{close[0]}?" if close else "; --help lists those there are"
 
     def _recipe_tokens(self, path: Path) -> list[str]:

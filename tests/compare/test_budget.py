@@ -105,7 +105,8 @@ def test_the_teachers_training_is_paid_at_every_budget(tmp_path):
     [
         ({2: [50], 8: [70]}, {}, "alone has budgets of 2, 4 and taught of 2, 8"),
         ({2: [50], 4: [60]}, {"params": 7}, "the runs differ in params"),
-        ({2: [50, 51], 4: [60, 61]}, {}, "seeds: alone has no run of seed 1"),
+        ({2: [50, 51], 4: [60, 61]}, {}, "taught at 2 has the seeds [0, 1], where others have [0]"),
+        ({2: [50], 4: [60, 61]}, {}, "taught at 4 has the seeds [0, 1], where others have [0]"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(taught, options, message, tmp_path, capsys):
@@ -122,6 +123,15 @@ def test_a_comparison_at_one_length_points_to_budgets(tmp_path, capsys):
     arms = ("--arm", f"alone={tmp_path}/alone/*", "--arm", f"taught={tmp_path}/taught/*")
     assert main([*arms, "--allow", "epochs", "grid", "lr", "--out", str(tmp_path / "out")]) == 2
     assert "several lengths are compared with --budget" in capsys.readouterr().err
+
+
+def test_a_run_that_diverged_is_the_worst_and_gives_no_figure(tmp_path):
+    write_arm(tmp_path / "alone", {2: [40, 42], 4: [50, 52]})
+    write_arm(tmp_path / "taught", {2: [45, 47], 4: [55, math.nan]})
+    assert compare(tmp_path) == 0
+    four = json.loads((tmp_path / "out" / "budget.json").read_text())["budgets"]["4"]
+    assert four["final"]["taught"]["runs"] == [55.0, None] and four["gain"]["taught"]["mean"] is None
+    assert four["speedup"]["taught"]["epoch"]["geometric_mean"] is None
 
 
 def test_one_length_is_no_curve(tmp_path, capsys):

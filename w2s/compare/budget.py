@@ -11,14 +11,14 @@ import numpy as np
 
 from w2s.compare.comparable import check_comparable, common_settings, differing_settings
 from w2s.compare.runs import RunFolder, read_teacher_run
-from w2s.compare.speedup import gain_of_pairs
-from w2s.compare.stats import ratio_of_pairs, summarise
+from w2s.compare.speedup import final_and_best_of, gain_of_pairs, mean_ratio
+from w2s.compare.stats import ratio_of_pairs
 
 # what may differ between budgets, as it goes with the length of the schedule
 LENGTH_OPTIONS = {"epochs", "updates", "warmup_epochs", "warmup_updates", "decay_epochs", "decay_updates"}
 LENGTH_OPTIONS |= {"decay_milestones", "evals_per_epoch", "eval_interval", "grid", "target"}
 TUNED_OPTIONS = ("opt", "lr", "lr_base", "weight_decay")  # what an arm may choose for itself at each budget
-AXES = ("epoch", "train_seconds", "pflops", "train_seconds_paid", "pflops_paid")  # _paid: with the teacher's training
+BUDGET_AXES = ("epoch", "train_seconds", "pflops", "train_seconds_paid", "pflops_paid")  # paid: the teacher's training
 
 
 def compare_budgets(
@@ -43,12 +43,7 @@ def compare_budgets(
     reference, *others = arms
     by_length = {arm: _by_length(group) for arm, group in arms.items()}
     lengths = sorted(by_length[reference])
-    for arm in others:
-        if sorted(by_length[arm]) != lengths:
-            names = [", ".join(f"{length:g}" for length in sorted(by_length[name])) for name in (reference, arm)]
-            raise ValueError(f"{reference} has budgets of {names[0]} and {arm} of {names[1]}: they have to be the same")
-    if len(lengths) < 2:
-        raise ValueError("--budget compares runs of several lengths: give at least two")
+    _check_same_budgets(by_length)
     _check_lengths(arms, allow)
     known = common_settings(arms[reference][0])
     tuned = tuple(name for name in TUNED_OPTIONS if name in known)
@@ -57,24 +52,27 @@ def compare_budgets(
         same = {arm: by_length[arm][length] for arm in arms}
         differences |= set(check_comparable(same, allow=(*tuned, *allow)))
     facts = arms[reference][0].summary
-    points = {arm: _points_by_seed(by_length[arm], facts["metric"]) for arm in arms}
+    metric, mode = facts["metric"], facts["mode"]
+    points = {arm: _points_by_seed(by_length[arm], metric) for arm in arms}
     budgets = {}
     for index, length in enumerate(lengths):
         groups = {arm: by_length[arm][length] for arm in arms}
+        final = {arm: final_and_best_of(group, metric, mode)["final"] for arm, group in groups.items()}
+        pairs = {arm: list(zip(final[reference]["runs"], final[arm]["runs"], strict=True)) for arm in others}
         budgets[f"{length:g}"] = {
-            "final": {arm: summarise(_finals(group, facts["metric"])) for arm, group in groups.items()},
-            "gain": {arm: _gain(groups[reference], groups[arm], facts, margin) for arm in others},
-            "cost": {arm: {axis: _mean_cost(points[arm], index, axis) for axis in AXES} for arm in arms},
+            "final": final,
+            "gain": {arm: gain_of_pairs(pairs[arm], mode, margin) for arm in others},
+            "cost": {arm: {axis: _mean_cost(points[arm], index, axis) for axis in BUDGET_AXES} for arm in arms},
             "tuned": {arm: {name: group[0].options.get(name) for name in tuned} for arm, group in groups.items()},
             "speedup": {
-                arm: {axis: iso_quality(points[reference], points[arm], index, axis, facts["mode"]) for axis in AXES}
+                arm: {axis: iso_quality(points[reference], points[arm], index, axis, mode) for axis in BUDGET_AXES}
                 for arm in others
             },
         }
     return {
         "task": facts["task"],
-        "metric": facts["metric"],
-        "mode": facts["mode"],
+        "metric": metric,
+        "mode": mode,
         "reference": reference,
         "arms": {arm: [run.summary["name"] for run in group] for arm, group in arms.items()},
         "differences": sorted(differences),
@@ -93,7 +91,7 @@ def iso_quality(before: dict, after: dict, index: int, axis: str, mode: str) -> 
     Args:
         before, after: of the reference and of the arm, `{seed: {"quality": [...], axis: [...]}}` by rising budget.
         index: which budget of the reference.
-        axis: one of AXES.
+        axis: one of BUDGET_AXES.
         mode: "max" or "min".
 
     Returns:
@@ -110,7 +108,7 @@ def iso_quality(before: dict, after: dict, index: int, axis: str, mode: str) -> 
         low.append(position["at_most"])
         high.append(position["at_least"])
     finite = ratio_of_pairs(costs, [math.inf if cost is None else cost for cost in needed])
-    return finite | {"at_least": _mean_ratio(costs, low), "at_most": _mean_ratio(costs, high)}
+    return finite | {"at_least": _mean_bound(costs, low), "at_most": _mean_bound(costs, high)}
 
 
 def _cost_of(quality: float, qualities: list[float], costs: list[float], mode: str) -> dict:
@@ -133,10 +131,10 @@ def _cost_of(quality: float, qualities: list[float], costs: list[float], mode: s
     return {"cost": cost, "at_most": cost, "at_least": cost}
 
 
-def _mean_ratio(costs: list[float], needed: list[float | None]) -> float | None:
+def _mean_bound(costs: list[float], needed: list[float | None]) -> float | None:
     if None in needed:
         return None
-    return math.exp(math.fsum(math.log(a / b) for a, b in zip(costs, needed, strict=True)) / len(costs))
+    return mean_ratio([math.log(cost / bound) for cost, bound in zip(costs, needed, strict=True)])
 
 
 def _by_length(group: list[RunFolder]) -> dict[float, list[RunFolder]]:
@@ -156,35 +154,48 @@ def _check_lengths(arms: dict[str, list[RunFolder]], allow: tuple[str, ...]) -> 
         raise ValueError(f"the runs differ in {refused[0]}")
 
 
+def _check_same_budgets(by_length: dict[str, dict[float, list[RunFolder]]]) -> None:
+    """Refuse arms of other lengths than the reference, a single length, and other seeds: each seed is a curve."""
+    reference, *others = by_length
+    lengths, seeds = sorted(by_length[reference]), None
+    for arm in others:
+        if sorted(by_length[arm]) != lengths:
+            names = [", ".join(f"{length:g}" for length in sorted(by_length[name])) for name in (reference, arm)]
+            raise ValueError(f"{reference} has budgets of {names[0]} and {arm} of {names[1]}: they have to be the same")
+    if len(lengths) < 2:
+        raise ValueError("--budget compares runs of several lengths: give at least two")
+    for arm, groups in by_length.items():
+        for length, group in groups.items():
+            found = [run.seed for run in group]
+            seeds = seeds or found
+            if found != seeds:
+                raise ValueError(f"{arm} at {length:g} has the seeds {found}, where others have {seeds}")
+
+
 def _points_by_seed(lengths: dict[float, list[RunFolder]], metric: str) -> dict:
     """Quality and costs of each seed by rising budget."""
     points: dict = {}
     for length in sorted(lengths):
         for run in lengths[length]:
-            point = points.setdefault(run.seed, {name: [] for name in ("quality", *AXES)})
-            point["quality"].append(run.rows[-1].get(metric))
-            for axis in AXES:
-                point[axis].append(_cost(run, axis))
+            point = points.setdefault(run.seed, {name: [] for name in ("quality", *BUDGET_AXES)})
+            final = run.rows[-1][metric]
+            point["quality"].append(math.nan if final is None else final)
+            for axis, cost in _costs(run).items():
+                point[axis].append(cost)
     return points
 
 
-def _cost(run: RunFolder, axis: str) -> float | None:
-    name = axis.removesuffix("_paid")
-    own = run.rows[-1].get(name)
-    if name == axis or not run.summary["teacher"]:
-        return own
-    teacher = read_teacher_run(run)
-    paid = teacher and teacher.rows[-1].get(name)
-    return None if own is None or paid is None else own + paid
-
-
-def _finals(group: list[RunFolder], metric: str) -> list[float]:
-    return [run.rows[-1].get(metric, math.nan) for run in group]
-
-
-def _gain(before: list[RunFolder], after: list[RunFolder], facts: dict, margin: float | None) -> dict:
-    pairs = list(zip(_finals(before, facts["metric"]), _finals(after, facts["metric"]), strict=True))
-    return gain_of_pairs(pairs, facts["mode"], margin)
+def _costs(run: RunFolder) -> dict[str, float | None]:
+    """What a run cost on each axis; None where that was not recorded."""
+    last, teacher = run.rows[-1], read_teacher_run(run)
+    costs = {}
+    for axis in BUDGET_AXES:
+        name = axis.removesuffix("_paid")
+        parts = [last.get(name)]
+        if name != axis and run.summary["teacher"]:
+            parts.append(teacher.rows[-1].get(name) if teacher else None)
+        costs[axis] = None if None in parts else sum(parts)
+    return costs
 
 
 def _mean_cost(points: dict, index: int, axis: str) -> float | None:

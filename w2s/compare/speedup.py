@@ -39,7 +39,7 @@ def compare_arms(
     reference, *others = arms
     facts = arms[reference][0].summary
     metric, mode = facts["metric"], facts["mode"]
-    final_and_best = {arm: _final_and_best(group, metric, mode) for arm, group in arms.items()}
+    final_and_best = {arm: final_and_best_of(group, metric, mode) for arm, group in arms.items()}
     costs = {arm: _costs(group) for arm, group in arms.items()}
     gain = {arm: {} for arm in others}
     for arm in others:
@@ -63,7 +63,7 @@ def compare_arms(
     }
 
 
-def _final_and_best(group: list[RunFolder], metric: str, mode: str) -> dict:
+def final_and_best_of(group: list[RunFolder], metric: str, mode: str) -> dict:
     """The final and the best metric of an arm; a run that ends in NaN takes part as the worst, not as absent."""
     worst = -math.inf if mode == "max" else math.inf
     return {
@@ -163,7 +163,7 @@ def _versus(pairs: list[tuple[dict, dict]], before: list[dict], after: list[dict
         "speedup": middle_before / middle_after if middle_before is not None and middle_after else None,
         "lower_bound": least_before / middle_after if bounded else None,
         **paired,
-        "geometric_mean_lower_bound": _mean_ratio(logs) if bounded_pairs else None,
+        "geometric_mean_lower_bound": mean_ratio(logs) if bounded_pairs else None,
         "p": sign_flip_p(logs) if logs and not all(both_censored) else None,
         "resolution": _resolution(pairs) if paired["geometric_mean"] else None,
     }
@@ -176,7 +176,7 @@ def _resolution(pairs: list[tuple[dict, dict]]) -> list[float | None]:
     """
     least = [_log_ratio(before["previous"], after["first"]) for before, after in pairs]
     greatest = [_log_ratio(before["first"], after["previous"]) for before, after in pairs]
-    return [_mean_ratio(least), _mean_ratio(greatest)]
+    return [mean_ratio(least), mean_ratio(greatest)]
 
 
 def _log_ratio(one: float, other: float) -> float:
@@ -186,7 +186,7 @@ def _log_ratio(one: float, other: float) -> float:
     return math.inf if other == 0 else math.log(one / other)
 
 
-def _mean_ratio(logs: list[float]) -> float | None:
+def mean_ratio(logs: list[float]) -> float | None:
     """The geometric mean of ratios given as logarithms; None where it is infinite."""
     mean = sum(logs) / len(logs)
     return math.exp(mean) if mean < math.inf else None

@@ -120,7 +120,7 @@ def start_trackers(
     try:
         accelerator.init_trackers(options["project"], config, own_options)
     except Exception as error:  # a wrong key, no network
-        if accelerator.is_main_process and not (folder / "metrics.csv").exists():  # no run is left that blocks the name
+        if accelerator.is_main_process and not resumed and not (folder / "metrics.csv").exists():  # frees the name
             shutil.rmtree(folder, ignore_errors=True)
         names = ", ".join(map(str, accelerator.log_with))
         hint = "; WANDB_MODE=offline needs no server" if "wandb" in names else ""

@@ -78,7 +78,7 @@ def has_checkpoint(name: str, folder: Path, epochs: int) -> bool:
         if name == "hf_trainer":
             state = folder / "checkpoints" / f"checkpoint-{17 * epochs}" / "trainer_state.json"
             return json.loads(state.read_text())["global_step"] == 17 * epochs
-        checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)
+        checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
         return checkpoint["global_step"] >= 17 * epochs
     except (OSError, ValueError, RuntimeError, EOFError):
         return False

@@ -172,6 +172,7 @@ def test_a_teacher_that_was_off_stays_off_after_a_resume():
     again.advance(13)
     assert again.weight == 0.0
     assert "the teacher is not loaded" in again.describe()
+    assert "update 12 (surpass)" in again.describe_off()
 
 
 def test_the_first_lines_say_what_will_happen():

@@ -117,7 +117,8 @@ class Distillation:
     def observe(self, student: float, update: int) -> None:
         """The switch-off: compare the student's metric on the switch split with the teacher's on the same split.
 
-        A student that is strictly better at `patience` evaluations in a row has the teacher released for good.
+        A student that is strictly better at `patience` evaluations in a row, or whose teacher has faded to nothing,
+        has the teacher released for good.
         """
         u = self.progress(update)
         self._evaluation = {
@@ -187,6 +188,10 @@ class Distillation:
             f"off ({phase.off}): {phase.patience} evaluations in a row better than {self.score['switch']:.4g}"
         )
         return line + (f"; in the teacher's place: --kd-control {self.control.kind}" if self.control else "")
+
+    def describe_off(self) -> str:
+        """One line for the moment at which the teacher has fallen silent."""
+        return "distillation off for good at epoch {epoch:.4g}, update {update} ({reason})".format(**self.off)
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps; the teacher's weights are not among it."""

@@ -211,11 +211,7 @@ class TaughtRun:
     def _note_silence(self, was_active: bool) -> None:
         if was_active and not self.distillation.active:
             self.record.write_summary(kd_off=self.distillation.off)
-            logger.info(
-                "distillation off for good at epoch {epoch:.4g}, update {update} ({reason})".format(
-                    **self.distillation.off
-                )
-            )
+            logger.info(self.distillation.describe_off())
 
     def finish(self) -> None:
         """Close the record and log where each target was first reached."""

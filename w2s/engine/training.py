@@ -257,9 +257,8 @@ class Job:
             return
         self._silence_noted = True
         self._take_teacher_seconds()
-        off = self.distillation.off
-        self.run.record.write_summary(kd_off=off)
-        self.run.log("distillation off for good at epoch {epoch:.4g}, update {update} ({reason})".format(**off))
+        self.run.record.write_summary(kd_off=self.distillation.off)
+        self.run.log(self.distillation.describe_off())
 
     # ---- checkpoints, the first lines and the last ----
 

@@ -117,8 +117,9 @@ def write_budget(args: argparse.Namespace, command: str) -> list[Path]:
         "budget.md": budget_report(result, command).encode(),
         "budget.png": image.getvalue(),
     }
+    paths = replace_files(contents, args.out)
     print(f"{budget_verdict(result)}\n\n{markdown_table(budget_table(result))}\n")
-    return replace_files(contents, args.out)
+    return paths
 
 
 def write_files(result: dict, arms: dict[str, list[RunFolder]], out: Path, command: str) -> list[Path]:

@@ -88,7 +88,11 @@ def draw_budgets(result: dict, file: BinaryIO) -> None:
         for index, arm in enumerate(result["arms"]):
             _draw_arm(panel, result, arm, axis=axis, colour=arm_colour(index))
         panel.set(xlabel=f"budget: {AXIS_NAMES[axis]} of the whole schedule", xscale="log")
-        panel.grid(alpha=0.25, which="both")
+        ticks = [entry["cost"][result["reference"]][axis] for entry in result["budgets"].values()]
+        if None not in ticks:  # of the reference: powers of ten would say little, and their fractions overlap
+            panel.set_xticks(ticks, [number_text(tick) for tick in ticks])
+            panel.set_xticks([], minor=True)
+        panel.grid(alpha=0.25)
     figure.supylabel(f"final {result['metric']}", size="medium")
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)

@@ -36,8 +36,11 @@ def is_guessing(metrics: dict[str, float], guess: dict[str, float]) -> bool:
 
 
 def warn_of_guessing(job: Job, metrics: dict[str, float], guess: dict[str, float]) -> None:
-    """Log a warning, with what to lower, where an evaluation of the student is no better than guessing."""
-    if not is_guessing(metrics, guess):
+    """Log a warning, with what to lower, where an evaluation of the student is no better than guessing.
+
+    The first evaluation is let pass: a healthy student may hardly have begun to learn by then.
+    """
+    if len(job.run.record.rows) < 2 or not is_guessing(metrics, guess):
         return
     taught = job.distillation.updates > 0
     job.run.log(

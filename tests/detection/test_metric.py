@@ -162,7 +162,17 @@ def test_pictures_show_truth_and_predictions(tmp_path):
     split, detections = random_boxes()
     draw_predictions(tmp_path / "predictions.png", in_order(detections), split, count=3)
     grid = np.asarray(Image.open(tmp_path / "predictions.png"))
-    assert grid.shape[1] > 3 * 256 and grid.shape[0] > 2 * 256
+    assert grid.shape[1] > 3 * 640 and grid.shape[0] > 2 * 640
     top, bottom = grid[: len(grid) // 2], grid[len(grid) // 2 :]
     assert (top == (0, 255, 0)).all(-1).any() and (bottom == (255, 165, 0)).all(-1).any()
     assert not (bottom == (0, 255, 0)).all(-1).any()
+
+
+def test_a_picture_has_one_box_for_one_object(tmp_path):
+    """Another class at the same place with a lower score, and a detection below the threshold, are not drawn."""
+    split, _ = random_boxes()
+    alone = np.array([[8, 8, 30, 30, 0.9, 1]], np.float32)
+    more = np.array([[9, 8, 30, 31, 0.8, 2], [8, 8, 30, 30, 0.9, 1], [32, 32, 60, 60, 0.2, 1]], np.float32)
+    for name, rows in (("alone", alone), ("more", more)):
+        draw_predictions(tmp_path / f"{name}.png", [rows] * len(split), split, count=1)
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "more.png").read_bytes()

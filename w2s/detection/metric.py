@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from faster_coco_eval import COCO, COCOeval_faster
+from matplotlib import get_data_path
+from torchvision.ops import nms
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -35,7 +37,7 @@ COCO_METRICS = (
     "AR_medium",
     "AR_large",
 )
-TILE = 256  # height and width in pixels of an image in a picture's grid
+TILE = 640  # height and width in pixels of an image in a picture's grid
 
 
 def detection_rows(detections: list[dict[str, torch.Tensor]], targets: list[dict]) -> list[tuple[int, np.ndarray]]:
@@ -115,9 +117,11 @@ def write_detections(path: Path, detections: list[np.ndarray], split: DetectionS
 
 
 def draw_predictions(
-    path: Path, detections: list[np.ndarray], split: DetectionSplit, *, count: int = 8, threshold: float = 0.3
+    path: Path, detections: list[np.ndarray], split: DetectionSplit, *, count: int = 4, threshold: float = 0.3
 ) -> None:
     """Write a PNG of the first images of a split, with the ground truth in the upper row and the detections below it.
+
+    Detections that overlap by more than half, of whatever classes, are drawn as one: the one with the highest score.
 
     Args:
         path: of the file.
@@ -133,9 +137,10 @@ def draw_predictions(
         image = (image * 255).to(torch.uint8)
         texts = [classes[label - first_label] for label in target["labels"].tolist()]
         with_truth.append(_tile(image, target["boxes"], texts, "lime"))
-        rows = detections[position][detections[position][:, 4] >= threshold]
+        rows = torch.from_numpy(detections[position][detections[position][:, 4] >= threshold])
+        rows = rows[nms(rows[:, :4], rows[:, 4], iou_threshold=0.5)]
         texts = [f"{classes[int(label) - first_label]} {score:.2f}" for score, label in rows[:, 4:].tolist()]
-        with_detections.append(_tile(image, torch.from_numpy(rows[:, :4]), texts, "orange"))
+        with_detections.append(_tile(image, rows[:, :4], texts, "orange"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "wb") as file:
         to_pil_image(make_grid(with_truth + with_detections, nrow=len(with_truth))).save(file, format="PNG")
@@ -147,5 +152,15 @@ def _tile(image: torch.Tensor, boxes: torch.Tensor, texts: list[str], colour: st
     scale = TILE / max(height, width)
     image = resize(image, [max(round(height * scale), 1), max(round(width * scale), 1)], antialias=True)
     if len(boxes):
-        image = draw_bounding_boxes(image, boxes * scale, texts, colour)
+        image = draw_bounding_boxes(
+            image,
+            boxes * scale,
+            texts,
+            colour,
+            width=3,
+            font=str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")),
+            font_size=20,
+            label_colors="black",
+            fill_labels=True,
+        )
     return torch.nn.functional.pad(image, (0, TILE - image.shape[-1], 0, TILE - image.shape[-2]))

@@ -199,7 +199,8 @@ def train(args, job: Job, stop: int, batches: Iterator, criterion: nn.Module, mi
                 loss = task_loss
                 if kd.weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), teacher and student on the same pixels
                     kd_loss = kl_softmax(logits, kd.teach(images, targets=targets), kd.temperature, kd.teacher.known)
-                    loss = task_loss + kd.weight * kd_loss
+                    kd.balance(task_loss, kd_loss, outputs=[logits])  # ratio and scale are 1 without --kd-balance
+                    loss = kd.scale * (task_loss + kd.weight * kd.ratio * kd_loss)
                 job.run.accelerator.backward(loss / accum)
             losses += torch.stack([loss, task_loss, kd_loss]).detach() / accum
         job.step(losses)

@@ -182,7 +182,8 @@ def train(args, job: Job, stop: int, batches: Iterator) -> None:
                 if kd.weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), on the batch as the student resized it
                     kd_terms = distillation_terms(view, kd.teach(view), kd.temperature, kd.teacher.known)
                     kd_loss = sum(kd_terms.values())
-                    loss = task_loss + kd.weight * kd_loss
+                    kd.balance(task_loss, kd_loss, outputs=view.heads)  # ratio and scale are 1 without --kd-balance
+                    loss = kd.scale * (task_loss + kd.weight * kd.ratio * kd_loss)
                 accelerator.backward(loss / micro_batches)
             view = None  # frees the activations that it holds before the next forward
             values = torch.stack([loss, task_loss, kd_loss, *task_terms.values(), *kd_terms.values()])

@@ -197,7 +197,8 @@ def train(args, job: Job, stop: int, batches: Iterator, process: DDPMScheduler) 
                 loss, kd_loss = task_loss, torch.zeros_like(task_loss)
                 if kd.weight > 0:  # L = L_task + lambda(u) L_kd, teacher and student at the same x_t and t
                     kd_loss = mse_epsilon(as_epsilon(process, prediction, x_t=x_t, t=t), kd.teach(*inputs))
-                    loss = task_loss + kd.weight * kd_loss
+                    kd.balance(task_loss, kd_loss, outputs=[prediction])  # ratio and scale are 1 without --kd-balance
+                    loss = kd.scale * (task_loss + kd.weight * kd.ratio * kd_loss)
                 accelerator.backward(loss / args.grad_accum_steps)
             losses += torch.stack([loss, task_loss, kd_loss]).detach() / args.grad_accum_steps
         job.step(losses)

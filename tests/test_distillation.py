@@ -38,7 +38,7 @@ def test_a_student_alone_has_an_object_that_does_nothing():
     assert kd.count_update() is False and kd.updates == 0
     assert kd.take_seconds() == 0.0
     assert kd.take_evaluation() == {"kd_weight": 0.0, "kd_active": 0}
-    assert kd.state_dict() == {"phase": None, "teacher": None, "kd_updates": 0}
+    assert kd.state_dict() == {"phase": None, "teacher": None, "kd_updates": 0, "balance": None}
     kd.restart_timer()
     kd.compile("eager")
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_brings_back_wins_score_and_count_but_no_weights():
     kd.count_update()
     kd.observe(61.0, update=10)
     state = kd.state_dict()
-    assert set(state) == {"phase", "teacher", "kd_updates"} and state["teacher"] == SCORE
+    assert set(state) == {"phase", "teacher", "kd_updates", "balance"} and state["teacher"] == SCORE
     again = distillation()
     again.load_state_dict(state)
     assert (again.updates, again.score) == (1, SCORE)

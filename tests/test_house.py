@@ -7,8 +7,8 @@ import pytest
 from helpers import ROOT
 
 SCRIPTS = ["train_cls", "train_det", "train_diffusion"]
-METHOD = {"losses", "schedule", "crossing", "record", "distillation", "teacher", "controls"}
-ROOMS = {  # what a room may import beside itself; "method" stands for the seven files on top
+METHOD = {"losses", "schedule", "crossing", "record", "distillation", "teacher", "controls", "running"}
+ROOMS = {  # what a room may import beside itself; "method" stands for the eight files on top
     "method": set(),
     "engine": {"method"},
     "compare": {"method"},

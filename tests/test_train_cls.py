@@ -523,7 +523,7 @@ def test_one_step_is_timms_logit_distillation(tmp_path, tiny_teacher):
 
 @pytest.mark.parametrize("kind", ["baseline", "everything"])
 def test_killed_again_and_again_it_ends_in_the_same_bits(kind, tmp_path, tiny_teacher):
-    more = [EVERYTHING, PHASE, "--teacher", tiny_teacher] if kind == "everything" else []
+    more = [EVERYTHING, PHASE, "--kd-balance --teacher", tiny_teacher] if kind == "everything" else []
     command = words(*more, "--epochs 4 --recovery-interval 3")
     whole = run(tmp_path, "whole", command)
     log, folder = tmp_path / "killed.log", tmp_path / "killed"
@@ -833,7 +833,7 @@ def test_two_processes_report_the_metrics_of_the_weights_they_export(weights, tm
 
 def test_sigterm_to_one_of_two_processes_stops_both_and_they_resume(tmp_path, tiny_teacher):
     command = words(*(DIGITS, RESNET, "--batch-size 16 --recovery-interval 3 --drop 0.2 --mixup 0.2"))
-    command += words(PHASE, "--teacher", tiny_teacher, "--output", tmp_path)
+    command += words(PHASE, "--kd-balance --teacher", tiny_teacher, "--output", tmp_path)
     whole = start_script("train_cls", tmp_path / "whole.log", command, "--name whole", processes=2)
     assert whole.wait() == [0, 0], whole.text
     process = start_script("train_cls", tmp_path / "log", command, "--name run", processes=2)

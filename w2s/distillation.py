@@ -4,7 +4,9 @@ The training loop of every script reads
 
     kd = job.distillation
     if kd.weight > 0:  # L = L_task + lambda(u) L_kd(T(u))
-        loss = task_loss + kd.weight * kl_softmax(logits, kd.teach(images, targets=targets), kd.temperature)
+        kd_loss = kl_softmax(logits, kd.teach(images, targets=targets), kd.temperature)
+        kd.balance(task_loss, kd_loss, outputs=[logits])  # sets ratio and scale with --kd-balance; they are 1 without
+        loss = kd.scale * (task_loss + kd.weight * kd.ratio * kd_loss)
 
 and after an evaluation
 
@@ -15,9 +17,12 @@ Everything else of the method is in here: lambda(u) and T(u), the end of the win
 split, the release of the teacher, and what a checkpoint keeps of them.
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from w2s.controls import Control
+from w2s.running import GradientBalance
 from w2s.schedule import EarlyPhase
 from w2s.teacher import Teacher
 
@@ -30,11 +35,13 @@ class Distillation:
         control: what stands in for the teacher's knowledge, None for the teacher itself.
         unit: what u counts, "epoch" or "update".
         updates_per_epoch: converts updates to epochs.
+        balance: measures the gradients that lambda is then the ratio of; None leaves the terms as they are.
 
     Attributes:
         teacher: the frozen teacher while it is needed, else None.
         score: what summary.json says of the teacher: model, switch, report, params, checkpoint; None without one.
         weight, temperature: lambda(u) and T(u) of the update under way.
+        ratio, scale: r and s of `GradientBalance`, scalars on the device; 1.0 without it.
         updates: how many updates the teacher took part in.
     """
 
@@ -44,11 +51,14 @@ class Distillation:
         control: Control | None = None,
         unit: str = "epoch",
         updates_per_epoch: int = 1,
+        balance: GradientBalance | None = None,
     ) -> None:
         self.phase, self.control, self.unit, self.updates_per_epoch = phase, control, unit, updates_per_epoch
         self.teacher: Teacher | None = None
         self.score: dict | None = None
+        self.gradients = balance
         self.weight, self.temperature = 0.0, 1.0
+        self.ratio = self.scale = 1.0
         self.updates = 0
         self._update, self._micro = 0, 0  # which micro-batch of which update `teach` is asked about
         self._seconds = 0.0  # of a teacher that was released, until they are taken
@@ -108,9 +118,22 @@ class Distillation:
             micro=micro,
         )
 
+    def balance(self, task_loss: Tensor, kd_loss: Tensor, outputs: Iterable[Tensor]) -> None:
+        """Settle r and s for a micro-batch with --kd-balance, see `GradientBalance`.
+
+        Args:
+            task_loss, kd_loss: scalars.
+            outputs: the student's, from which both losses were computed.
+        """
+        if self.gradients:
+            self.gradients.measure(task_loss, kd_loss, outputs)
+            self.ratio, self.scale = self.gradients.ratio, self.gradients.scale(self.weight)
+
     def count_update(self) -> bool:
         """Count the update that was done; returns whether the teacher took part in it."""
         taught = self.weight > 0
+        if self.gradients:
+            self.gradients.end_update()
         self.updates += int(taught)
         return taught
 
@@ -182,9 +205,10 @@ class Distillation:
             return f"distillation: over ({self.phase.reason}); the teacher is not loaded"
         phase = self.phase
         fade = ", fading with its lead" if phase.fade else ""
+        balance = " in gradients" if self.gradients else ""
         line = (
-            f"distillation: lambda {phase.full_weight:g} (warm-up {phase.warmup:g}, hold {phase.hold:g}, decay "
-            f"{phase.decay:g} {self.unit}s{fade}), T {phase.start_temperature:g} to {phase.end_temperature:g}; "
+            f"distillation: lambda {phase.full_weight:g}{balance} (warm-up {phase.warmup:g}, hold {phase.hold:g}, "
+            f"decay {phase.decay:g} {self.unit}s{fade}), T {phase.start_temperature:g} to {phase.end_temperature:g}; "
             f"off ({phase.off}): {phase.patience} evaluations in a row better than {self.score['switch']:.4g}"
         )
         return line + (f"; in the teacher's place: --kd-control {self.control.kind}" if self.control else "")
@@ -196,10 +220,13 @@ class Distillation:
     def state_dict(self) -> dict:
         """What a checkpoint keeps; the teacher's weights are not among it."""
         phase = None if self.phase is None else self.phase.state_dict()
-        return {"phase": phase, "teacher": self.score, "kd_updates": self.updates}
+        balance = self.gradients and self.gradients.state_dict()
+        return {"phase": phase, "teacher": self.score, "kd_updates": self.updates, "balance": balance}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a checkpoint; a teacher that was off stays off."""
         self.score, self.updates = state["teacher"], state["kd_updates"]
         if self.phase is not None:
             self.phase.load_state_dict(state["phase"])
+        if self.gradients:
+            self.gradients.load_state_dict(state["balance"])

@@ -40,7 +40,7 @@ def test_terms_are_positive_and_teach_the_student_only(kind):
 
 def view_of(outputs: dict[str, Tensor], images: int = 1) -> StudentView:
     """A view with nothing but head outputs, for so many images."""
-    return StudentView(images=None, outputs=outputs, proposals=[None] * images)
+    return StudentView(images=None, outputs=outputs, proposals=[None] * images, heads=[])
 
 
 def test_anchor_terms_are_the_weighted_sums_by_hand():

@@ -39,11 +39,13 @@ class StudentView(NamedTuple):
         outputs: the raw outputs of its heads, float32, by the names of `DetectorKind.terms`.
         proposals: for Faster R-CNN the boxes (n, 4) of each image that were sampled for the RoI head, in pixels of
             `images`; None for RetinaNet.
+        heads: the tensors that came out of the heads, float32, from which both the losses and `outputs` were made.
     """
 
     images: ImageList
     outputs: dict[str, Tensor]
     proposals: list[Tensor] | None
+    heads: list[Tensor]
 
 
 class Float32Anchors(AnchorGenerator):
@@ -86,7 +88,12 @@ class _RecordingDetector(nn.Module):
         if not self.training:
             return detections
         recorded, self._recorded = self._recorded, {}
-        return losses, StudentView(recorded["images"], self.name_outputs(recorded), recorded.get("proposals"))
+        return losses, StudentView(
+            images=recorded["images"],
+            outputs=self.name_outputs(recorded),
+            proposals=recorded.get("proposals"),
+            heads=self.head_tensors(recorded),
+        )
 
 
 class RetinaNet(_RecordingDetector, detection.RetinaNet):
@@ -100,6 +107,11 @@ class RetinaNet(_RecordingDetector, detection.RetinaNet):
     def name_outputs(recorded: dict) -> dict[str, Tensor]:
         """The head outputs by their names: logits (N, anchors, classes), deltas (N, anchors, 4)."""
         return {"cls": recorded["heads"]["cls_logits"], "box": recorded["heads"]["bbox_regression"]}
+
+    @staticmethod
+    def head_tensors(recorded: dict) -> list[Tensor]:
+        """What came out of the heads."""
+        return list(recorded["heads"].values())
 
     def head_outputs(self, view: StudentView) -> dict[str, Tensor]:
         """This detector's head outputs for a batch that another one transformed."""
@@ -127,6 +139,11 @@ class FasterRCNN(_RecordingDetector, detection.FasterRCNN):
         rpn_cls, rpn_box = concat_box_prediction_layers(rpn_logits, rpn_deltas)
         roi_cls, roi_box = recorded["roi"]
         return {"rpn_cls": rpn_cls, "rpn_box": rpn_box, "roi_cls": roi_cls, "roi_box": roi_box}
+
+    @staticmethod
+    def head_tensors(recorded: dict) -> list[Tensor]:
+        """What came out of the heads, the RPN's level by level."""
+        return [*recorded["rpn"][0], *recorded["rpn"][1], *recorded["roi"]]
 
     def head_outputs(self, view: StudentView) -> dict[str, Tensor]:
         """This detector's head outputs for a batch and proposals of another one, on its own features."""

@@ -187,6 +187,9 @@ def add_kd_options(
         "--kd-off", type=_kd_off, default="surpass", metavar="WHEN", help=f"surpass, never, or a number of {unit}"
     )
     add_switch(group, "--kd-fade", "let lambda follow what is left of the teacher's lead (default: off)")
+    add_switch(
+        group, "--kd-balance", "lambda is the ratio of both gradients, whose size stays the task's (default: off)"
+    )
     group.add_argument(
         "--kd-control",
         choices=controls,

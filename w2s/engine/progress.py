@@ -35,7 +35,9 @@ class Progress:
         loss, task_loss, kd_loss = (float(value) for value in losses)
         text = f"loss {loss:.4f}"
         if kd.weight > 0:
-            text += f" = task {task_loss:.4f} + {kd.weight:.3g} x kd {kd_loss:.4f} (T {kd.temperature:.2f})"
+            terms = f"task {task_loss:.4f} + {kd.weight * float(kd.ratio):.3g} x kd {kd_loss:.4f}"
+            text += f" = {terms}" if kd.scale == 1 else f" = {float(kd.scale):.3g} x ({terms})"
+            text += f" (T {kd.temperature:.2f})"
         text += f" lr {lr:.3g}"
         if 0 < last_seconds < seconds:
             text += f" {(update - last_update) * self.plan.batch / (seconds - last_seconds):.0f} samples/s"

@@ -12,6 +12,7 @@ from w2s.engine.errors import InputError
 from w2s.engine.plan import Plan
 from w2s.engine.randomness import mix_seed, own_randomness
 from w2s.engine.run import Run
+from w2s.running import GradientBalance
 from w2s.schedule import EarlyPhase
 from w2s.teacher import Teacher
 
@@ -107,7 +108,13 @@ def start_distillation(
         InputError: no switch split, a teacher that does not fit, or one whose score is not finite.
     """
     control = build_control(args, process=run.accelerator.process_index)
-    kd = Distillation(phase, control=control, unit=plan.unit, updates_per_epoch=plan.updates_per_epoch)
+    kd = Distillation(
+        phase,
+        control=control,
+        unit=plan.unit,
+        updates_per_epoch=plan.updates_per_epoch,
+        balance=GradientBalance(partial(run.accelerator.reduce, reduction="mean")) if args.kd_balance else None,
+    )
     if run.state:
         kd.load_state_dict(run.state)
     if phase and switch is None:

@@ -1,0 +1,99 @@
+"""What the method measures on the batches of training themselves, as running means on the device.
+
+Nothing in here waits for the device, and all processes hold the same numbers: what one of them measures reaches the
+others once an update, through `reduce`.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+REDUCE = Callable[[Tensor], Tensor]  # a sum or a mean over all processes
+TINY = torch.finfo(torch.float32).tiny
+
+
+class GradientBalance:
+    """Makes lambda the ratio of two gradients: `L = s (L_task + lambda r L_kd)`, for `--kd-balance`.
+
+    Both gradients are those with respect to the student's outputs (logits, head outputs, predicted noise), whose norms
+    cost next to nothing: no second backward through the network. With |g|^2 and <g, h> as running means,
+
+        r = |g_task| / |g_kd|, so that lambda 1 is as loud as the task, whatever the task, T and the number of classes
+        s = |g_task| / |g_task + lambda r g_kd|, so that the whole gradient is as large as that of the task alone
+
+    and the taught student wants the learning rate of the student alone. A negative <g_task, g_kd> counts as 0 in s: the
+    gradients then cancel each other, and s would blow up what is left of them. So s lies between 1 / (1 + lambda), for
+    two losses that pull the same way, and 1 / sqrt(1 + lambda^2), and it becomes 1 as lambda becomes 0. A constant
+    1 / (1 + lambda) would make an update up to 1.4 times too small where both are at right angles.
+
+    r is never more than it was at first. As a student comes to agree with its teacher there is less and less of a
+    gradient to be made loud; an r that went on growing would make L a term that bends ever more at the same learning
+    rate, and leave nothing of the task in it. So the teacher grows quieter as it has been understood, and no louder.
+
+    Args:
+        reduce: a mean or a sum over all processes; both give the same ratios.
+    """
+
+    DECAY = 0.95  # of the running means: they remember some 20 updates
+
+    def __init__(self, reduce: REDUCE = lambda sums: sums) -> None:
+        self.reduce = reduce
+        self.means: Tensor | None = None  # |g_task|^2, |g_kd|^2, <g_task, g_kd>, all up to the same factor
+        self.first: Tensor | None = None  # r as it was measured first
+        self._sums: Tensor | None = None  # of the micro-batches of this update
+
+    def measure(self, task_loss: Tensor, kd_loss: Tensor, outputs: Iterable[Tensor]) -> None:
+        """Take in the gradients of a micro-batch with respect to `outputs`, from which both losses were computed.
+
+        The first micro-batch of all is shared between the processes at once, the others at the end of their update.
+        """
+        outputs = list(outputs)
+        task, kd = (
+            torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True) for loss in (task_loss, kd_loss)
+        )
+        sums = torch.stack([_dot(task, task), _dot(kd, kd), _dot(task, kd)])
+        self._sums = sums if self._sums is None else self._sums + sums
+        if self.means is None:
+            self.means = self.reduce(sums)
+            self.first = _ratio(self.means)
+        self.means, self.first = self.means.to(sums.device), self.first.to(sums.device)  # after a resume
+
+    def end_update(self) -> None:
+        """Let the micro-batches since the last time enter the running means. Gradients that overflowed do not."""
+        if self._sums is None:
+            return
+        sums, self._sums = self.reduce(self._sums), None
+        means = self.DECAY * self.means + (1 - self.DECAY) * sums
+        self.means = torch.where(means.isfinite().all(), means, self.means)
+
+    @property
+    def ratio(self) -> Tensor:
+        """r, a float32 scalar on the device."""
+        return _ratio(self.means).clamp(max=self.first)
+
+    def scale(self, weight: float) -> Tensor:
+        """s for lambda = `weight`, a float32 scalar on the device."""
+        task, kd, both = self.means
+        factor = weight * self.ratio
+        whole = task + 2 * factor * both.clamp_min(0) + factor**2 * kd
+        return ((task + TINY) / (whole + TINY)).sqrt()
+
+    def state_dict(self) -> dict | None:
+        """What a checkpoint keeps; None before the first update."""
+        return None if self.means is None else {"means": self.means.tolist(), "first": float(self.first)}
+
+    def load_state_dict(self, state: dict | None) -> None:
+        """Continue from `state_dict()`."""
+        if state:
+            self.means, self.first = torch.tensor(state["means"]), torch.tensor(state["first"])
+
+
+def _ratio(means: Tensor) -> Tensor:
+    return ((means[0] + TINY) / (means[1] + TINY)).sqrt()
+
+
+def _dot(first: Iterable[Tensor | None], second: Iterable[Tensor | None]) -> Tensor:
+    """The scalar product of two gradients; None stands for one that is 0."""
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    return sum((a.float() * b.float()).sum() for a, b in pairs)

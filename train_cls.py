@@ -187,8 +187,6 @@ def train(args, job: Job, stop: int, batches: Iterator, criterion: nn.Module, mi
         losses = torch.zeros(3, device=job.run.device)
         for micro in range(accum):
             images, targets = next(batches)
-            if args.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
             if mixup:
                 images, targets = mixup(images, targets)
 
@@ -217,9 +215,6 @@ def validate(args, run: Run, model: Callable[[Tensor], Tensor], dataset: Dataset
     sums = torch.zeros(4, dtype=accumulation_dtype(device), device=device)
     loader = eval_loader(dataset, accelerator, batch_size=batch_size, workers=args.workers)
     for images, targets in run.stopping.polled(loader):
-        images, targets = (part.to(device, non_blocking=True) for part in (images, targets))
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             logits = model(images).float()
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]

@@ -1,5 +1,7 @@
 """Annotations in COCO's format: what is made of them, and what is refused."""
 
+import json
+
 import pytest
 from detection.annotated import annotated, changed, truth, write_coco
 from PIL import Image
@@ -17,6 +19,20 @@ def test_labels_follow_the_category_ids_and_crowds_are_not_trained_on():
     assert [a["iscrowd"] for a in source.annotations[1]] == [0, 1]  # the metric knows of the crowd
     ground_truth = source.ground_truth([1])
     assert ground_truth["images"][0]["id"] == 3 and len(ground_truth["annotations"]) == 2
+
+
+def test_outlines_and_addresses_are_not_kept(tmp_path):
+    """They are most of COCO's JSON, and nobody reads them."""
+    data = truth()
+    for entry in data["annotations"]:
+        entry["segmentation"] = [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
+    for number, entry in enumerate(data["images"]):
+        entry |= {"file_name": f"{number}.png", "coco_url": "http://images/0.png", "license": 1}
+        Image.new("RGB", (entry["width"], entry["height"])).save(tmp_path / entry["file_name"])
+    (tmp_path / "truth.json").write_text(json.dumps(data))
+    source = read_coco(tmp_path, tmp_path / "truth.json", fix_boxes=False)
+    assert {key for image in source.images for key in image} == {"id", "width", "height", "file_name"}
+    assert "segmentation" not in {key for rows in source.annotations for entry in rows for key in entry}
 
 
 @pytest.mark.parametrize(

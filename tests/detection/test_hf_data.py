@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 from detection.annotated import data_options
-from PIL import Image
+from PIL import ExifTags, Image
 
 from w2s.detection.options import open_report, open_training_data
 from w2s.engine.errors import InputError
@@ -50,6 +50,29 @@ def test_hugging_face_sets_open_like_any_other(layout, bbox_format, tmp_path):
     assert target["boxes"].tolist() == [[5, 6, 15, 16]]
     with pytest.raises(InputError, match="no column 'things'"):
         open_training_data(data_options(words, "--target-key things"), first_label=0)
+
+
+def test_sizes_come_from_headers_and_heed_turned_images(tmp_path):
+    """A camera's orientation, which decoding turns back, changes width and height."""
+    picture, exif = Image.new("RGB", (40, 30)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture.save(tmp_path / "upright.jpg")
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    cut = (tmp_path / "upright.jpg").read_bytes()[:-10]
+    files = [(tmp_path / "upright.jpg").read_bytes(), (tmp_path / "turned.jpg").read_bytes(), cut]
+    objects = {"bbox": [[1.0, 2.0, 10.0, 10.0]], "category": [0]}
+    box = datasets.Sequence(datasets.Value("float32"), length=4)
+    inner = {"bbox": datasets.Sequence(box), "category": datasets.Sequence(datasets.ClassLabel(names=["cat"]))}
+    features = datasets.Features({"image": datasets.Image(), "objects": inner})
+    rows = {"image": [{"bytes": content, "path": None} for content in files], "objects": [objects] * 3}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "test.parquet")
+    report = open_report(data_options("--data", f"hfds/{tmp_path / 'set'}", "--check-images 0"), first_label=0)
+    assert report.sizes == [(40, 30), (30, 40), (40, 30)]  # of the last one, only the header is whole
+    assert report.item(1)[0].shape == (3, 40, 30)
+    rows["image"][2]["bytes"] = b"no image"
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "bad" / "test.parquet")
+    with pytest.raises(InputError, match="corrupt image in row 2"):
+        open_report(data_options("--data", f"hfds/{tmp_path / 'bad'}"), first_label=0)
 
 
 def test_an_evaluation_opens_the_reporting_split_only(tmp_path):

@@ -4,14 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from detection.annotated import annotated, white_boxes
-from PIL import Image
+from detection.annotated import white_boxes
 
 from w2s.detection.loading import (
     DetectionSplit,
     GroupedBatches,
     SameSizeBatches,
-    check_decodable_images,
     detection_transform,
     eval_loader,
     train_batches,
@@ -154,19 +152,3 @@ def test_loaders():
         assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, others, strict=True))
     loader = eval_loader(split, Processes(index=1, count=2), batch_size=2, workers=0)
     assert [target["position"] for _, targets in loader for target in targets] == [2, 3]
-
-
-# ---- checks ----
-
-
-def test_the_images_that_are_decoded_first_are_spread_over_the_split():
-    opened = []
-
-    def read(row: int) -> Image.Image:
-        opened.append(row)
-        return Image.new("RGB", (4, 4))
-
-    images = [{"id": row, "width": 4, "height": 4} for row in range(20)]
-    data = {"images": images, "annotations": [], "categories": [{"id": 0, "name": "a"}]}
-    check_decodable_images(annotated(data, read=read), list(range(10, 19)), limit=3)
-    assert sorted(opened) == [10, 13, 16]

@@ -1,7 +1,7 @@
 """The distances against closed forms and torch-fidelity; the statistics of features, and their cache."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -153,8 +153,8 @@ def test_statistics_do_not_depend_on_processes_or_batches():
         other = feature_statistics(features, images, fake_accelerator(), count=23, batch_size=batch_size)
         assert_close_statistics(whole, other)
 
-    def read(rows: range) -> torch.Tensor:
-        return images[rows.start : rows.stop]
+    def read(batches: list[range]) -> Iterator[torch.Tensor]:
+        yield from (images[rows.start : rows.stop] for rows in batches)
 
     assert_close_statistics(whole, feature_statistics(features, read, fake_accelerator(), count=23, batch_size=5))
 
@@ -173,15 +173,21 @@ def test_sums_over_batches_are_those_of_all_at_once(offset):
 
 
 def test_images_are_read_a_batch_at_a_time():
-    batches = []
+    read, used = [], []
 
-    def read(rows: range) -> torch.Tensor:
-        batches.append(rows)
-        return torch.rand(len(rows), 3)
+    def serve(batches: list[range]) -> Iterator[torch.Tensor]:
+        for rows in batches:
+            read.append(rows)
+            assert len(read) == len(used) + 1
+            yield torch.rand(len(rows), 3)
 
-    feature_statistics(identity, read, fake_accelerator(), count=23, batch_size=5)
-    assert [row for rows in batches for row in rows] == list(range(23))
-    assert max(map(len, batches)) == 5
+    def features(batch: torch.Tensor) -> torch.Tensor:
+        used.append(len(batch))
+        return batch
+
+    feature_statistics(features, serve, fake_accelerator(), count=23, batch_size=5)
+    assert [row for rows in read for row in rows] == list(range(23))
+    assert max(used) == 5
 
 
 def test_features_kept_for_kid_are_of_all_classes():

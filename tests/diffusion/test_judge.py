@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,10 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __call__(self, rows: range) -> torch.Tensor:
-        self.reads += len(rows)
-        return self.pixels[rows.start : rows.stop]
+    def __call__(self, batches: list[range]) -> Iterator[torch.Tensor]:
+        for rows in batches:
+            self.reads += len(rows)
+            yield self.pixels[rows.start : rows.stop]
 
 
 def noise_samples(model, seed: int) -> torch.Tensor | None:

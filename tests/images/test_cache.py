@@ -24,6 +24,7 @@ from w2s.images.augmentation import (
     cached_crop_and_flip,
     cached_transform,
     classification_transform,
+    device_transform,
     eval_transform,
 )
 from w2s.images.cache import CachedSplit, cache_device, cache_split, resolve_cache
@@ -43,22 +44,25 @@ def both(length: int = 24, size: tuple[int, int] = (16, 16), training: bool = Tr
     args, config = options(**changes)
     images, rows, mode = Pictures(length, size, args.in_chans), np.arange(length), image_mode(args.in_chans)
     if training:
-        split = ImageSplit(images, rows, mode=mode, transform=classification_transform(args, config), seed=0)
+        transform, seed = classification_transform(args, config), args.seed
     else:
-        split = ImageSplit(images, rows, mode=mode, transform=eval_transform(config))
+        transform, seed = eval_transform(config), None
+    on_device = device_transform(args, config, torch.device("cpu"), training=training)
+    split = ImageSplit(images, rows, mode=mode, transform=transform, on_device=on_device, seed=seed)
     return args, split, cached(images, args, config, training=training)
 
 
 def cached(images: Dataset, args, config: dict, training: bool = True, device: str = "cpu") -> CachedSplit:
     """All images as a run with these options keeps them."""
+    device = torch.device(device)
     return cache_split(
         images,
         np.arange(len(images)),
         mode=image_mode(args.in_chans),
-        transform=cached_transform(args, config) if training else eval_transform(config, as_uint8=True),
-        data_config=config,
-        device=torch.device(device),
-        channels_last=args.channels_last,
+        transform=cached_transform(args, config) if training else eval_transform(config),
+        on_device=device_transform(args, config, device, training=training),
+        input_size=config["input_size"],
+        device=device,
         **(cached_crop_and_flip(args) if training else {}),
     )
 
@@ -174,9 +178,8 @@ def test_batches_come_in_the_memory_format_asked_for():
         ({}, "random resized"),
         ({"pad_crop": 2, "aa": "rand-m9"}, "--aa"),
         ({"pad_crop": 2, "color_jitter": 0.4}, "jitter"),
-        ({"pad_crop": 2, "reprob": 0.5}, "--reprob"),
     ],
-    ids=["rrc", "aa", "jitter", "erasing"],
+    ids=["rrc", "aa", "jitter"],
 )
 def test_what_it_cannot_do_is_refused_and_left_to_the_loader_by_auto(changes, word):
     assert resolved(100, **changes) == "none"

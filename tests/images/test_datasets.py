@@ -1,11 +1,10 @@
 """Opening datasets and reading their labels and images."""
 
 import numpy as np
-import pytest
 from helpers import refused
 from images.pictures import hf_folder, picture, picture_folder
 
-from w2s.images.datasets import check_decodable, image_mode, open_dataset, read_image, targets_of
+from w2s.images.datasets import image_mode, open_dataset, read_image, targets_of
 
 
 def test_targets_come_as_integers_from_every_kind_of_dataset(tmp_path):
@@ -25,16 +24,6 @@ def test_an_image_is_read_as_it_is_in_the_mode_that_is_asked_for(tmp_path):
     for mode in ("RGB", "L"):
         image, target = read_image(dataset, 2, mode)
         assert np.array_equal(np.asarray(image), np.asarray(picture(1).convert(mode))) and target == 1
-
-
-@pytest.mark.parametrize(("limit", "rows"), [(0, []), (2, [0, 2]), (-1, [0, 2, 3])])
-def test_so_many_images_are_decoded_and_kept(tmp_path, limit, rows):
-    root = picture_folder(tmp_path, train={"ant": 2, "bee": 2})
-    dataset = open_dataset("", "train", data_dir=str(root), mode="RGB")
-    decoded = check_decodable(dataset, np.array([0, 2, 3]), mode="RGB", limit=limit)
-    assert sorted(decoded) == rows
-    for row, (pixels, target) in decoded.items():
-        assert np.array_equal(pixels, np.asarray(picture(row % 2))) and target == row // 2
 
 
 def test_other_than_grey_and_colour_images_are_refused():

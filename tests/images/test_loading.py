@@ -9,23 +9,39 @@ from helpers import refused
 from images.pictures import Pictures, evaluate, flat, options, process, same, serve, take
 
 from w2s.engine.errors import InputError
-from w2s.images.augmentation import classification_transform, eval_transform
+from w2s.images.augmentation import classification_transform, device_transform, eval_transform
 from w2s.images.datasets import open_dataset
 from w2s.images.loading import ImageSplit
 
+CPU = torch.device("cpu")
 HEAVY = {"pad_crop": 4, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5", "reprob": 0.5}  # draws of random, numpy and torch
+
+
+def training_split(images, rows: np.ndarray, args, config: dict) -> ImageSplit:
+    """Images as a run with these options trains on them."""
+    return ImageSplit(
+        images,
+        rows,
+        mode="RGB",
+        transform=classification_transform(args, config),
+        on_device=device_transform(args, config, CPU, training=True),
+        seed=args.seed,
+    )
 
 
 def split_of(length: int = 40, seed: int = 3, alike: bool = False, rows: list[int] | None = None) -> ImageSplit:
     """Pictures under heavy augmentation."""
     rows = np.arange(length) if rows is None else np.asarray(rows)
-    transform = classification_transform(*options(**HEAVY))
-    return ImageSplit(Pictures(length, alike=alike), rows, mode="RGB", transform=transform, seed=seed)
+    args, config = options(**HEAVY, seed=seed)
+    return training_split(Pictures(length, alike=alike), rows, args, config)
 
 
 def plain_split(length: int, config: dict) -> ImageSplit:
     """Pictures to evaluate on."""
-    return ImageSplit(Pictures(length), np.arange(length), mode="RGB", transform=eval_transform(config))
+    args, _ = options()
+    on_device = device_transform(args, config, CPU)
+    rows = np.arange(length)
+    return ImageSplit(Pictures(length), rows, mode="RGB", transform=eval_transform(config), on_device=on_device)
 
 
 def generator_states() -> tuple:
@@ -126,14 +142,53 @@ def test_two_processes_see_the_same_pixels_as_one_with_double_the_batch():
     assert same(joined, whole)
 
 
-def test_an_image_kept_in_memory_is_served_like_one_that_is_read():
-    transform, source = classification_transform(*options(**HEAVY)), Pictures(6)
-    kept = {i: (source.pixels[i], i) for i in range(6)}
-    read = ImageSplit(source, np.arange(6), mode="RGB", transform=transform, seed=0)
-    held = ImageSplit(source, np.arange(6), mode="RGB", transform=transform, seed=0, decoded=kept)
-    keys = [(1, position) for position in range(6)]
-    for (a, t), (b, u) in zip(read.__getitems__(keys), held.__getitems__(keys), strict=True):
-        assert torch.equal(a, b) and t == u
+def test_workers_hand_over_a_quarter_of_the_bytes_of_floats():
+    pixels, _ = split_of().__getitems__([(0, 0)])[0]
+    assert pixels.dtype == torch.uint8 and pixels.shape == (32, 32, 3) and pixels.is_contiguous()
+    args, _ = options(**HEAVY)
+    images, _ = next(serve(split_of(), args))
+    assert images.dtype == torch.float32 and images.shape == (8, 3, 32, 32)
+
+
+# --- random erasing, on the device -----------------------------------------------------------------------------------
+
+
+def erased(split: ImageSplit, count: int = 5, **changes: object) -> torch.Tensor:
+    """The images of the first batches of a run."""
+    args, _ = options(**changes)
+    return torch.cat([images for images, _ in take(serve(split, args), count)])
+
+
+def still_split(reprob: float, seed: int = 0, **changes: object) -> ImageSplit:
+    """Pictures without any augmentation but erasing."""
+    still = {"pad_crop": 0, "hflip": 0.0, "color_jitter": 0.0}
+    args, config = options(**still, reprob=reprob, seed=seed, **changes)
+    return training_split(Pictures(40), np.arange(40), args, config)
+
+
+@pytest.mark.parametrize("mode", ["const", "pixel", "rand"])
+def test_as_many_images_are_erased_as_asked_in_rectangles(mode):
+    whole, parts = erased(still_split(0.0)), erased(still_split(0.5, remode=mode))
+    changed = (whole != parts).any(1)  # (N, H, W)
+    assert 8 <= changed.flatten(1).any(1).sum() <= 32  # of 40; further off once in 30,000
+    for mask in changed[changed.flatten(1).any(1)]:
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        inside = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert inside.float().mean() > 0.95  # a pixel may have had this value before
+        assert 0.01 * mask.numel() < inside.numel() < 0.4 * mask.numel()
+    if mode == "const":
+        assert (parts.permute(0, 2, 3, 1)[changed] == 0).all()
+    if mode == "pixel":
+        assert parts.permute(0, 2, 3, 1)[changed].std() == pytest.approx(1, abs=0.1)
+
+
+def test_what_is_erased_differs_by_image_epoch_and_seed():
+    first, other = erased(still_split(1.0), 10), erased(still_split(1.0, seed=1), 5, seed=1)
+    whole = erased(still_split(0.0), 10)
+    masks = {tuple((a != b).any(0).flatten().tolist()) for a, b in zip(first, whole, strict=True)}
+    assert len(masks) > 70  # of 40 images in two epochs
+    again = erased(still_split(0.0, seed=1), 5, seed=1)
+    assert not masks & {tuple((a != b).any(0).flatten().tolist()) for a, b in zip(other, again, strict=True)}
 
 
 # --- corrupt images --------------------------------------------------------------------------------------------------
@@ -150,8 +205,7 @@ def folder_split(root, broken: bool = False):
         path.write_bytes(path.read_bytes()[:200])
     args, config = options(data_dir=str(root), **HEAVY)
     dataset = open_dataset("", "train", data_dir=str(root), mode="RGB")
-    transform = classification_transform(args, config)
-    return args, ImageSplit(dataset, np.arange(4), mode="RGB", transform=transform, seed=0), root / "train"
+    return args, training_split(dataset, np.arange(4), args, config), root / "train"
 
 
 def cut(path):

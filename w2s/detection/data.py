@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from torchvision.transforms import v2
 from w2s.detection.annotations import AnnotatedImages, read_coco
 from w2s.detection.digits import built_in_digits, check_digits
 from w2s.detection.hf_data import open_hf
-from w2s.detection.loading import DetectionSplit, check_decodable_images
+from w2s.detection.loading import DetectionSplit, read_checked_image
+from w2s.engine.decoding import check_readable_rows
 from w2s.engine.errors import InputError
 
 
@@ -127,14 +129,14 @@ def reporting_split(
     Args:
         report: from `open_detection`.
         first_label: the number that the detector gives the first class.
-        check_images: how many images to decode, see `check_decodable_images`.
+        check_images: how many images to decode, see `check_readable_rows`.
         limit: take no more images than so many, for a dry run.
 
     Raises:
         InputError: an image cannot be read.
     """
     rows = list(range(len(report.images)))[:limit]
-    check_decodable_images(report, rows, check_images)
+    check_readable_rows(partial(read_checked_image, report), rows, check_images)
     return DetectionSplit(report, rows, first_label)
 
 
@@ -161,7 +163,7 @@ def split_detection(
         seed: of the augmentation.
         switch_fraction, switch_seed: see `hold_out_images`.
         keep_empty: train on images without boxes, too.
-        check_images: how many images of a split to decode, see `check_decodable_images`.
+        check_images: how many images of a split to decode, see `check_readable_rows`.
         samples: train on so many images, the same ones for the same `switch_seed`; on all of them if None.
         limit: evaluate no more images of a split than so many, for a dry run.
 
@@ -180,7 +182,7 @@ def split_detection(
             raise InputError(f"--train-samples {samples}: only {len(train_rows)} images are there to train on")
         train_rows = sorted(np.random.default_rng(switch_seed).permutation(train_rows)[:samples].tolist())
     switch_rows = switch_rows[:limit]
-    check_decodable_images(train, train_rows + switch_rows, check_images)
+    check_readable_rows(partial(read_checked_image, train), train_rows + switch_rows, check_images)
     report_split = reporting_split(report, first_label=first_label, check_images=check_images, limit=limit)
     return DetectionData(
         train=DetectionSplit(train, train_rows, first_label, transform, seed),

@@ -1,9 +1,12 @@
 """Hugging Face detection sets (a column of images and one of objects with boxes) in COCO's terms."""
 
-from PIL import Image
+from collections.abc import Iterator
+from io import BytesIO
+
+from PIL import ExifTags, Image
 
 from w2s.detection.annotations import AnnotatedImages, annotate
-from w2s.engine.errors import InputError, first_line
+from w2s.engine.errors import InputError, first_line, on_one_line
 
 CATEGORY_KEYS = ("category", "categories", "category_id", "label", "labels")
 
@@ -71,17 +74,36 @@ class _Split:
         return self.dataset[row][self.image_key].convert("RGB")
 
     def images(self) -> list[dict]:
-        """id, width and height of each image: from columns of these names, or else the row and the decoded image."""
+        """id, width and height of each image: from columns of these names, or else the row and the image's header."""
         present = self.dataset.column_names
         ids = self.dataset["image_id"] if "image_id" in present else range(len(self.dataset))
         if "width" in present and "height" in present:
             sizes = zip(self.dataset["width"], self.dataset["height"], strict=True)
         else:
-            sizes = (image.size for image in self.dataset[self.image_key])
+            sizes = self._sizes()
         return [
             {"id": image_id, "width": width, "height": height}
             for image_id, (width, height) in zip(ids, sizes, strict=True)
         ]
+
+    def _sizes(self) -> Iterator[tuple[int, int]]:
+        """(width, height) of each image, from its header.
+
+        Raises:
+            InputError: an image is missing or corrupt.
+        """
+        import datasets
+
+        encoded = self.dataset.select_columns([self.image_key])
+        encoded = encoded.cast_column(self.image_key, datasets.Image(decode=False))
+        for row, entry in enumerate(encoded):
+            path, content = entry[self.image_key]["path"], entry[self.image_key]["bytes"]
+            try:
+                with Image.open(path if content is None else BytesIO(content)) as image:
+                    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # which decoding turns back
+                    yield image.size[::-1] if is_turned else image.size
+            except Exception as error:  # Pillow raises many kinds
+                raise InputError(f"corrupt image in row {row} of {self.where}: {on_one_line(error, 200)}") from None
 
     def annotated(self, classes: list[str], *, bbox_format: str, fix_boxes: bool) -> AnnotatedImages:
         """The split in COCO's terms; for the arguments see `open_hf`."""

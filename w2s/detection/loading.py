@@ -5,7 +5,6 @@ augmentation of an image is a function of (seed, epoch, image).
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import numpy as np
@@ -19,7 +18,7 @@ from torchvision.transforms import v2
 from w2s.detection.annotations import AnnotatedImages
 from w2s.engine.errors import InputError, on_one_line
 from w2s.engine.loading import EpochBatches, loader_options, to_device
-from w2s.engine.randomness import evenly_spread, own_randomness, seed_augmentation
+from w2s.engine.randomness import own_randomness, seed_augmentation
 
 ASPECT_BINS = 2.0 ** np.linspace(-1, 1, 7)  # borders of width over height, as in torchvision's reference
 
@@ -221,18 +220,6 @@ def _loader(
 def collate_detection(items: list[tuple[torch.Tensor, dict]]) -> tuple[list[torch.Tensor], list[dict]]:
     """Lists of images and targets: images of a batch may differ in size."""
     return [image for image, _ in items], [target for _, target in items]
-
-
-def check_decodable_images(source: AnnotatedImages, rows: list[int], limit: int) -> None:
-    """Decode up to `limit` images (all if negative), evenly spread, so that a corrupt one ends the run at once.
-
-    Raises:
-        InputError: see `read_checked_image`.
-    """
-    chosen = [rows[position] for position in evenly_spread(len(rows), limit)]
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda row: read_checked_image(source, row), chosen):
-            pass
 
 
 def read_checked_image(source: AnnotatedImages, row: int) -> Image.Image:

@@ -1,7 +1,7 @@
 """Images for diffusion: the training set in [-1, 1], and the sets that samples are compared with as uint8."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,16 +11,19 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.utils import make_grid
 
+from w2s.engine.decoding import check_readable_rows
 from w2s.engine.errors import InputError
+from w2s.engine.loading import loader_options
 from w2s.engine.options import switch_fraction
 from w2s.images.augmentation import eval_transform
 from w2s.images.cache import CachedSplit, cache_device, cache_split, resolve_cache
-from w2s.images.datasets import check_decodable, class_names, image_mode, open_dataset, targets_of
+from w2s.images.datasets import class_names, image_mode, open_dataset, read_image, targets_of
 from w2s.images.loading import ImageSplit
+from w2s.images.pixels import DeviceTransform
 from w2s.images.splits import stratified_split
 from w2s.images.streams import is_stream
 from w2s.record import replacing
@@ -28,20 +31,32 @@ from w2s.record import replacing
 
 @dataclass
 class Reference:
-    """A set of images that samples are compared with; `key` is what tells it from any other."""
+    """A set of images that samples are compared with.
+
+    Attributes:
+        images: the images without augmentation.
+        key: what tells the set from any other.
+        workers: processes that load images which are not in memory.
+    """
 
     images: CachedSplit | ImageSplit
     key: dict
+    workers: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __call__(self, rows: Sequence[int]) -> Tensor:
-        """The images of consecutive rows, uint8 (B, C, H, W)."""
+    def __call__(self, batches: Sequence[range]) -> Iterator[Tensor]:
+        """Batches of consecutive rows, uint8 (B, C, H, W), one after the other."""
         if isinstance(self.images, CachedSplit):
-            return self.images.images[rows[0] : rows[-1] + 1].permute(0, 3, 1, 2)
-        images = torch.stack([image for image, _ in self.images.__getitems__([(0, row) for row in rows])])
-        return ((images + 1) * 127.5).round().to(torch.uint8)
+            pixels = (self.images.images[rows.start : rows.stop] for rows in batches)
+        else:
+            options = loader_options(workers=self.workers, device=torch.device("cpu")) | {"persistent_workers": False}
+            keys = [[(0, row) for row in rows] for rows in batches]
+            generator = torch.Generator().manual_seed(0)
+            pixels = (batch for batch, _ in DataLoader(self.images, batch_sampler=keys, generator=generator, **options))
+        for batch in pixels:
+            yield batch.permute(0, 3, 1, 2)
 
 
 class Unlabelled(Dataset):
@@ -121,13 +136,13 @@ def load_diffusion_data(args, accelerator: Accelerator, *, cache: str) -> Diffus
         pad=0,
         accelerator=accelerator,
     )
-    build_split = partial(_build_split, args, data_config=data_config, device=cache_device(cache, accelerator))
+    build_split = partial(_build_split, args, data_config=data_config, accelerator=accelerator, cache=cache)
 
     def reference(part: Dataset, split: str, rows: np.ndarray, cached: CachedSplit | None = None) -> Reference:
         if args.dry_run:
             rows, cached = rows[: 4 * args.batch_size], None
         images = build_split(part, rows) if cached is None else cached
-        return Reference(images, key=_reference_key(args, part, split=split, rows=rows))
+        return Reference(images, key=_reference_key(args, part, split=split, rows=rows), workers=args.workers)
 
     train = build_split(dataset, train_rows, training=True)
     report = train_reference = reference(
@@ -196,27 +211,30 @@ def _build_split(
     rows: np.ndarray,
     *,
     data_config: dict,
-    device: torch.device | None,
+    accelerator: Accelerator,
+    cache: str,
     training: bool = False,
 ) -> CachedSplit | ImageSplit:
-    """Some images, flipped at random in training. Without a device to keep them on, they are read in every epoch."""
-    mode = image_mode(args.in_chans)
-    if device is not None:
+    """Some images, flipped at random in training. Where they are not cached, they are read in every epoch."""
+    mode, transform = image_mode(args.in_chans), eval_transform(data_config)
+    mean, std = data_config["mean"], data_config["std"]
+    on_device = DeviceTransform(mean, std, device=accelerator.device, channels_last=args.channels_last)
+    if (device := cache_device(cache, accelerator)) is not None:
         return cache_split(
             dataset,
             rows,
             mode=mode,
-            transform=eval_transform(data_config, as_uint8=True),
-            data_config=data_config,
+            transform=transform,
+            on_device=on_device,
+            input_size=data_config["input_size"],
             device=device,
-            channels_last=args.channels_last,
             hflip=args.hflip if training else 0.0,
         )
-    decoded = check_decodable(dataset, rows, mode=mode, limit=args.check_images)
-    transform, seed = eval_transform(data_config), None
+    check_readable_rows(lambda row: read_image(dataset, row, mode), rows, args.check_images)
+    seed = None
     if training:
         transform, seed = transforms.Compose([transforms.RandomHorizontalFlip(args.hflip), transform]), args.seed
-    return ImageSplit(dataset, rows, mode=mode, transform=transform, seed=seed, decoded=decoded)
+    return ImageSplit(dataset, rows, mode=mode, transform=transform, on_device=on_device, seed=seed)
 
 
 def _reference_key(args, dataset: Dataset, *, split: str, rows: np.ndarray) -> dict:

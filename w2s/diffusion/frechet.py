@@ -7,7 +7,7 @@ et al. 2018, arXiv 1801.01401).
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +96,7 @@ class RunningStatistics:
 @torch.no_grad()
 def feature_statistics(
     features: Callable[[Tensor], Tensor],
-    images: Callable[[Sequence[int]], Tensor] | Tensor,
+    images: Callable[[Sequence[range]], Iterator[Tensor]] | Tensor,
     accelerator: Accelerator,
     *,
     count: int,
@@ -109,7 +109,7 @@ def feature_statistics(
 
     Args:
         features: turns uint8 images (B, C, H, W) on the device into features (B, d).
-        images: all images, or a function from row numbers to those images.
+        images: all images, or a function from the rows of some batches to an iterator over these batches.
         accelerator: gives the device and the processes.
         count: number of images.
         batch_size: images in one batch.
@@ -118,16 +118,17 @@ def feature_statistics(
         InputError: fewer than two images.
     """
     rank, world, statistics = accelerator.process_index, accelerator.num_processes, None
-    for first in range(0, count, world * batch_size):
-        start = first + rank * batch_size
-        # a process for which no image is left takes one that it will not count, to learn the number of features
-        rows = range(start, min(start + batch_size, count)) or range(1)
-        batch = images(rows) if callable(images) else images[rows.start : rows.stop]
+    starts = range(rank * batch_size, rank * batch_size + count, world * batch_size)
+    # a process for which no image is left takes one that it will not count, to learn the number of features
+    batches = [range(start, min(start + batch_size, count)) or range(1) for start in starts]
+    served = images(batches) if callable(images) else (images[rows.start : rows.stop] for rows in batches)
+    for start, batch in zip(starts, served, strict=True):
+        first = start - rank * batch_size
         batch_features = features(batch.to(accelerator.device)).float()
         width = batch_features.shape[1]
         gathered = batch_features.new_zeros(world * batch_size, width)
         if start < count:
-            gathered[rank * batch_size :][: len(rows)] = batch_features
+            gathered[rank * batch_size :][: len(batch)] = batch_features
         gathered = accelerator.reduce(gathered, "sum")  # rows of other processes were 0 here
         statistics = statistics or RunningStatistics(count, width, gathered.device)
         for part in gathered[: count - first].split(batch_size):

@@ -31,6 +31,7 @@ from w2s.engine.randomness import mix_seed
 from w2s.engine.stopping import Stopping
 
 DRY_RUN_SAMPLES = 8
+FEATURE_BATCH = 256  # images in one forward of the features at most: Inception enlarges them to 299 px
 
 
 def add_judge_options(parser: Parser) -> None:
@@ -233,7 +234,7 @@ def build_judge(
         switch=data.switch,
         num_samples=args.fd_samples,
         seed=args.sample_seed,
-        batch_size=args.validation_batch_size,
+        batch_size=min(args.validation_batch_size, FEATURE_BATCH),
         cache=cache,
         accelerator=accelerator,
     )

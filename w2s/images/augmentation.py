@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
+import torch
 from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from torchvision import transforms
 
 from w2s.engine.errors import InputError, on_one_line
+from w2s.images.pixels import DeviceTransform, to_pixels
 
 
 def build_data_config(args, pretrained_cfg: dict) -> dict:
@@ -37,7 +40,7 @@ def build_data_config(args, pretrained_cfg: dict) -> dict:
 
 
 def classification_transform(args, data_config: dict) -> Callable:
-    """timm's training transform, from a PIL image to a normalised float tensor (C, H, W).
+    """timm's training transform, from a PIL image to pixels (H, W, C), uint8; `device_transform` does the rest.
 
     With `--pad-crop` timm's random resized crop gives way to that of small images: pad, random crop, flip.
 
@@ -61,16 +64,14 @@ def classification_transform(args, data_config: dict) -> Callable:
             auto_augment=args.aa,
             interpolation=args.train_interpolation or data_config["interpolation"],
             mean=data_config["mean"],
-            std=data_config["std"],
-            re_prob=args.reprob,
-            re_mode=args.remode,
+            use_prefetcher=True,  # which leaves the normalisation out
             separate=not args.no_aug,
         )
-    except Exception as error:  # timm checks --aa, --remode and the like by assertion and look-up
+    except Exception as error:  # timm checks --aa and the like by assertion and look-up
         raise _cannot_build(error) from None
     if args.no_aug:
-        return stages
-    crop, colour, final = stages
+        return _with_pixels(stages)
+    crop, colour, _ = stages
     if args.pad_crop is not None:
         size = list(data_config["input_size"][-2:])
         crop = transforms.Compose(
@@ -81,36 +82,64 @@ def classification_transform(args, data_config: dict) -> Callable:
                 transforms.RandomVerticalFlip(args.vflip),
             ]
         )
-    return transforms.Compose([crop, colour, final])
+    return transforms.Compose([crop, colour, to_pixels])
 
 
-def eval_transform(data_config: dict, as_uint8: bool = False) -> Callable:
-    """timm's evaluation transform, from a PIL image to a normalised float tensor (C, H, W), or to uint8 pixels.
+def eval_transform(data_config: dict) -> Callable:
+    """timm's evaluation transform, from a PIL image to pixels (H, W, C), uint8.
 
     Raises:
         InputError: timm does not know one of the values.
     """
-    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
     options = {k: data_config[k] for k in keys if k in data_config}
     try:
-        return create_transform(is_training=False, use_prefetcher=as_uint8, **options)
+        return _with_pixels(create_transform(is_training=False, use_prefetcher=True, **options))
     except Exception as error:
         raise _cannot_build(error) from None
 
 
 def cached_transform(args, data_config: dict) -> Callable:
-    """What `--cache` keeps of a training image: uint8 pixels (C, H, W), before they are cropped and flipped."""
-    size, interpolation = data_config["input_size"][-2:], data_config["interpolation"]
+    """What `--cache` keeps of a training image: pixels (H, W, C), uint8, before they are cropped and flipped."""
     if args.no_aug:
-        return create_transform(
-            size,
-            is_training=True,
-            no_aug=True,
-            use_prefetcher=True,  # which leaves the normalisation out
-            interpolation=args.train_interpolation or interpolation,
-        )
-    resize = transforms.Resize(size, transforms.InterpolationMode(interpolation))
-    return transforms.Compose([resize, transforms.PILToTensor()])
+        return classification_transform(args, data_config)
+    resize = transforms.Resize(
+        data_config["input_size"][-2:], transforms.InterpolationMode(data_config["interpolation"])
+    )
+    return transforms.Compose([resize, to_pixels])
+
+
+def _with_pixels(transform: transforms.Compose) -> transforms.Compose:
+    """A transform of timm's that ends in pixels in the order of their decoding, in place of timm's own tensors."""
+    return transforms.Compose([*transform.transforms[:-1], to_pixels])
+
+
+def device_transform(args, data_config: dict, device: torch.device, *, training: bool = False) -> DeviceTransform:
+    """What happens to the pixels on the device: normalisation, and `--reprob` in training.
+
+    Args:
+        args: resolved options; this reads --reprob, --remode, --no-aug, --channels-last and --seed.
+        data_config: timm's data config: mean and std.
+        device: where it happens.
+        training: whether the images are trained on.
+
+    Raises:
+        InputError: timm does not know `--remode`.
+    """
+    erasing = None
+    if training and args.reprob and not args.no_aug:
+        try:
+            erasing = RandomErasing(args.reprob, mode=args.remode, device=device)
+        except AssertionError as error:
+            raise _cannot_build(error) from None
+    return DeviceTransform(
+        data_config["mean"],
+        data_config["std"],
+        device=device,
+        channels_last=args.channels_last,
+        erasing=erasing,
+        seed=args.seed,
+    )
 
 
 def cached_crop_and_flip(args) -> dict:
@@ -128,8 +157,6 @@ def cache_obstacle(args) -> str | None:
         return f"--aa {args.aa}"
     if args.color_jitter:
         return f"--color-jitter {args.color_jitter:g}"
-    if args.reprob:
-        return f"--reprob {args.reprob:g}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Small datasets that are decoded once and kept as uint8 on a device, where they are cropped, flipped and normalised.
+"""Small datasets that are decoded once and kept as uint8 on a device, where they are cropped and flipped.
 
 The images come in the same order as from the loader, with augmentation of the same distribution: what is drawn for an
 image is a function of (seed, epoch, position in the split), whatever the batch size and the number of processes.
@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from w2s.engine.decoding import in_threads
 from w2s.engine.errors import InputError
 from w2s.engine.launch import processes_here
 from w2s.engine.randomness import epoch_order, mix_seed
 from w2s.images.datasets import read_image
+from w2s.images.pixels import DeviceTransform
 
 MEMORY_SHARE = 0.25  # of the free memory that the training images may take under --cache auto
 
@@ -34,8 +35,7 @@ class CachedSplit(Dataset):
     Args:
         images: (N, H + 2p, W + 2p, C) uint8, already padded by p = `pad` on each side.
         targets: (N,) int64.
-        mean, std: one number a channel; batches are (x / 255 - mean) / std.
-        channels_last: memory format of the batches.
+        on_device: what happens to the pixels of a batch on the device that trains.
         pad, hflip, vflip: the augmentation of training batches: how far a crop may be shifted, in pixels, and the
             probabilities of a flip.
     """
@@ -45,17 +45,12 @@ class CachedSplit(Dataset):
         images: Tensor,
         targets: Tensor,
         *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        channels_last: bool = False,
+        on_device: DeviceTransform,
         pad: int = 0,
         hflip: float = 0.0,
         vflip: float = 0.0,
     ) -> None:
-        self.images, self.targets = images, targets
-        self.mean = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
-        self.std = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.images, self.targets, self.on_device = images, targets, on_device
         self.pad, self.hflip, self.vflip = pad, hflip, vflip
         self.height, self.width = images.shape[1] - 2 * pad, images.shape[2] - 2 * pad
 
@@ -65,7 +60,7 @@ class CachedSplit(Dataset):
     def train_batches(
         self, *, batch_size: int, batches_per_epoch: int, seed: int, start: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless augmented batches of one process, from batch `start` of the run on."""
+        """Endless augmented pixels (B, H, W, C) and targets of one process, from batch `start` of the run on."""
         epoch, batch = divmod(start, batches_per_epoch)
         while True:
             permutation = epoch_order(len(self), seed, epoch).to(self.images.device)
@@ -77,13 +72,9 @@ class CachedSplit(Dataset):
             epoch, batch = epoch + 1, 0
 
     def eval_batches(self, *, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of this rank in order and without augmentation; all ranks together yield each image once."""
+        """The pixels of this rank in order and without augmentation; all ranks together yield each image once."""
         for rows in torch.arange(rank, len(self), world, device=self.images.device).split(batch_size):
-            yield self._normalise(self.images[rows]), self.targets[rows]
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.memory_format)
-        return images.div_(255).sub_(self.mean).div_(self.std)
+            yield self.images[rows], self.targets[rows]
 
     def _draw_augmentation(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """What is random in an epoch, one row an image: shifts (N, 2) int64 and flips (N, 2) bool, each as (y, x)."""
@@ -96,7 +87,7 @@ class CachedSplit(Dataset):
         """One gather takes the shifted and flipped window out of each padded image."""
         y = _window(self.height, shifts[:, 0, None], flips[:, 0, None])
         x = _window(self.width, shifts[:, 1, None], flips[:, 1, None])
-        return self._normalise(self.images[rows[:, None, None], y[:, :, None], x[:, None, :]])
+        return self.images[rows[:, None, None], y[:, :, None], x[:, None, :]]
 
 
 def _window(length: int, shift: Tensor, flip: Tensor) -> Tensor:
@@ -154,9 +145,9 @@ def cache_split(
     *,
     mode: str,
     transform: Callable,
-    data_config: dict,
+    on_device: DeviceTransform,
+    input_size: tuple[int, int, int],
     device: torch.device,
-    channels_last: bool,
     pad: int = 0,
     hflip: float = 0.0,
     vflip: float = 0.0,
@@ -169,10 +160,10 @@ def cache_split(
         dataset: where the images are.
         rows: which of them, in this order.
         mode: the PIL mode to decode to.
-        transform: from a PIL image to uint8 pixels (C, H, W) of the size in `data_config`.
-        data_config: timm's data config: input_size, mean, std.
+        transform: from a PIL image to pixels (H, W, C), uint8, of the size in `input_size`.
+        on_device, pad, hflip, vflip: see `CachedSplit`.
+        input_size: channels, height and width.
         device: where the images are kept.
-        channels_last, pad, hflip, vflip: see `CachedSplit`.
 
     Raises:
         InputError: an image is corrupt; it is named. Or there is no room for the images.
@@ -180,23 +171,20 @@ def cache_split(
 
     def decode(row: int) -> tuple[np.ndarray, int]:
         image, target = read_image(dataset, int(row), mode)
-        return np.asarray(transform(image)).transpose(1, 2, 0), target
+        return transform(image).numpy(), target
 
-    channels, height, width = data_config["input_size"]
+    channels, height, width = input_size
     index, count = processes_here()
     images, targets = _shared_arrays((len(rows), height + 2 * pad, width + 2 * pad, channels), index, count)
-    with ThreadPoolExecutor() as pool:
-        mine = range(index, len(rows), count)
-        for position, (image, target) in zip(mine, pool.map(decode, rows[index::count]), strict=True):
-            images[position, pad : pad + height, pad : pad + width] = image
-            targets[position] = target
+    mine = range(index, len(rows), count)
+    for position, (image, target) in zip(mine, in_threads(decode, rows[index::count]), strict=True):
+        images[position, pad : pad + height, pad : pad + width] = image
+        targets[position] = target
     PartialState().wait_for_everyone()
     return CachedSplit(
         torch.from_numpy(images).to(device),
         torch.from_numpy(targets).to(device),
-        mean=data_config["mean"],
-        std=data_config["std"],
-        channels_last=channels_last,
+        on_device=on_device,
         pad=pad,
         hflip=hflip,
         vflip=vflip,

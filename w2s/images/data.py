@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +10,7 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.utils.data import Dataset
 
+from w2s.engine.decoding import check_readable_rows
 from w2s.engine.errors import InputError
 from w2s.engine.options import switch_fraction
 from w2s.images.augmentation import (
@@ -18,12 +18,13 @@ from w2s.images.augmentation import (
     cached_crop_and_flip,
     cached_transform,
     classification_transform,
+    device_transform,
     eval_transform,
 )
-from w2s.images.cache import cache_device, cache_split, resolve_cache
+from w2s.images.cache import CachedSplit, cache_device, cache_split, resolve_cache
 from w2s.images.chance import guessing_metrics
 from w2s.images.classes import Classes
-from w2s.images.datasets import check_decodable, class_names, image_mode, open_dataset, targets_of
+from w2s.images.datasets import class_names, image_mode, open_dataset, read_image, targets_of
 from w2s.images.loading import ImageSplit
 from w2s.images.splits import stratified_split
 from w2s.images.streams import is_stream, open_stream
@@ -80,9 +81,8 @@ def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) 
     """
     if args.class_map and args.dataset:
         raise InputError(f"--class-map: the labels of --dataset {args.dataset} are numbers already; leave it out")
-    train_transform, report_transform = classification_transform(args, data_config), eval_transform(data_config)
     if is_stream(args.dataset):
-        return _load_stream(args, train_transform, report_transform, cache=cache)
+        return _load_stream(args, data_config, accelerator, cache=cache)
     mode = image_mode(args.in_chans)
     dataset, targets, report, report_targets, num_classes = _open_checked(args, mode)
     train_rows, switch_rows = stratified_split(
@@ -106,16 +106,7 @@ def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) 
         accelerator=accelerator,
     )
 
-    def build_split(part: Dataset, rows: np.ndarray, training: bool = False) -> Dataset:
-        if (device := cache_device(cache, accelerator)) is None:
-            decoded = check_decodable(part, rows, mode=mode, limit=args.check_images)
-            transform, seed = (train_transform, args.seed) if training else (report_transform, None)
-            return ImageSplit(part, rows, mode=mode, transform=transform, seed=seed, decoded=decoded)
-        transform = cached_transform(args, data_config) if training else eval_transform(data_config, as_uint8=True)
-        options = {"mode": mode, "data_config": data_config, "device": device, "channels_last": args.channels_last}
-        augmentation = cached_crop_and_flip(args) if training else {}
-        return cache_split(part, rows, transform=transform, **options, **augmentation)
-
+    build_split = partial(_build_split, args, data_config, accelerator, mode=mode, cache=cache)
     return ImageData(
         train=None if args.eval_only else build_split(dataset, train_rows, training=True),
         switch=build_split(dataset, switch_rows) if len(switch_rows) and not args.eval_only else None,
@@ -126,6 +117,30 @@ def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) 
         sizes={"train": len(train_rows), "switch": len(switch_rows), "report": len(report_rows)},
         guess=guessing_metrics(report_targets[report_rows], num_classes),
     )
+
+
+def _build_split(
+    args,
+    data_config: dict,
+    accelerator: Accelerator,
+    dataset: Dataset,
+    rows: np.ndarray,
+    *,
+    mode: str,
+    cache: str,
+    training: bool = False,
+) -> CachedSplit | ImageSplit:
+    """Some images, augmented in training. Where `--cache` does not keep them, they are read in every epoch."""
+    transforms = {
+        "transform": classification_transform(args, data_config) if training else eval_transform(data_config),
+        "on_device": device_transform(args, data_config, accelerator.device, training=training),
+    }
+    if (device := cache_device(cache, accelerator)) is None:
+        check_readable_rows(lambda row: read_image(dataset, row, mode), rows, args.check_images)
+        return ImageSplit(dataset, rows, mode=mode, seed=args.seed if training else None, **transforms)
+    if training:
+        transforms |= {"transform": cached_transform(args, data_config), **cached_crop_and_flip(args)}
+    return cache_split(dataset, rows, mode=mode, input_size=data_config["input_size"], device=device, **transforms)
 
 
 def set_config(model: nn.Module, data_config: dict, classes: Classes) -> None:
@@ -214,7 +229,7 @@ def _refuse_empty_classes(targets: np.ndarray, split: str, *, num_classes: int, 
         raise InputError(f"class {name} of split '{split}' has no image ({len(empty)} such classes)")
 
 
-def _load_stream(args, train_transform: Callable, report_transform: Callable, *, cache: str) -> ImageData:
+def _load_stream(args, data_config: dict, accelerator: Accelerator, *, cache: str) -> ImageData:
     """The data of a stream. It has no random access, so that the switch split must be a split of its own."""
     if args.num_classes is None:
         raise InputError(f"--dataset {args.dataset} is a stream: give --num-classes")
@@ -232,6 +247,7 @@ def _load_stream(args, train_transform: Callable, report_transform: Callable, *,
         input_key=args.input_key,
         target_key=args.target_key,
     )
+    report_transforms = eval_transform(data_config), device_transform(args, data_config, accelerator.device)
     switch = None
     if args.teacher:
         if _is_number(args.switch_split):
@@ -240,10 +256,12 @@ def _load_stream(args, train_transform: Callable, report_transform: Callable, *,
                 "and leave them out of --train-split"
             )
         switch = open_split(args.switch_split)
-        switch.transform = report_transform
+        switch.transform, switch.on_device = report_transforms
     train = open_split(args.train_split, training=True, samples=args.train_num_samples)
     report = open_split(args.val_split, samples=args.val_num_samples)
-    train.transform, report.transform = train_transform, report_transform
+    train.transform = classification_transform(args, data_config)
+    train.on_device = device_transform(args, data_config, accelerator.device, training=True)
+    report.transform, report.on_device = report_transforms
     shards = len(getattr(getattr(train.reader, "split_info", None), "filenames", ())) or math.inf
     readers = max(args.workers, 1) * PartialState().num_processes
     if shards < readers:

@@ -1,7 +1,6 @@
 """Opening image datasets and reading their images: the built-in digits, and all that timm's factory opens."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -9,10 +8,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 
 from w2s.engine.errors import InputError, first_line, on_one_line
-from w2s.engine.randomness import evenly_spread
 from w2s.images.digits import Digits
-
-SMALL_IMAGE = 64 * 64  # pixels up to which decoded images are kept in memory
 
 
 def image_mode(in_chans: int) -> str:
@@ -157,28 +153,3 @@ def read_image(dataset: Dataset, row: int, mode: str) -> tuple[Image.Image, int]
         name = f" {path}" if path else ""
         where = f"row {row} of split '{split}'" if split else f"row {row}"
         raise InputError(f"corrupt image{name} ({where}): {on_one_line(error, limit=200)}") from None
-
-
-def check_decodable(dataset: Dataset, rows: np.ndarray, *, mode: str, limit: int) -> dict[int, tuple[np.ndarray, int]]:
-    """Decode images before the run begins, so that a corrupt one ends it at once.
-
-    Args:
-        dataset: where the images are.
-        rows: those that the run needs.
-        mode: the PIL mode to decode to.
-        limit: how many to decode, evenly spread over `rows`; all if negative.
-
-    Returns:
-        The pixels and targets of small images by row, which need not be read again in every epoch.
-
-    Raises:
-        InputError: an image is corrupt; it is named.
-    """
-    decoded = {}
-    chosen = rows[evenly_spread(len(rows), limit)]
-    with ThreadPoolExecutor() as pool:
-        images = pool.map(lambda row: read_image(dataset, int(row), mode), chosen)
-        for row, (image, target) in zip(chosen, images, strict=True):
-            if image.width * image.height <= SMALL_IMAGE:
-                decoded[int(row)] = np.asarray(image), target
-    return decoded

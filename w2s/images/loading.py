@@ -1,11 +1,11 @@
 """How images are served: splits under a transform, and the loaders of training and evaluation."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count, repeat
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -13,6 +13,7 @@ from w2s.engine.loading import EpochBatches, EvalBatches, loader_options, to_dev
 from w2s.engine.randomness import own_randomness, seed_augmentation
 from w2s.images.cache import CachedSplit
 from w2s.images.datasets import read_image
+from w2s.images.pixels import DeviceTransform
 from w2s.images.streams import stream_batches
 
 
@@ -23,9 +24,9 @@ class ImageSplit(Dataset):
         dataset: `Digits`, or a timm or torchvision dataset with random access.
         rows: which of its images, in this order.
         mode: PIL mode, "RGB" or "L".
-        transform: from a PIL image to a tensor.
+        transform: from a PIL image to pixels (H, W, C), uint8.
+        on_device: what happens to the pixels of a batch on the device that trains.
         seed: of the augmentation; None for a transform without randomness.
-        decoded: pixels and targets that need not be read again, by row.
     """
 
     def __init__(
@@ -35,17 +36,17 @@ class ImageSplit(Dataset):
         *,
         mode: str,
         transform: Callable,
+        on_device: DeviceTransform,
         seed: int | None = None,
-        decoded: dict[int, tuple[np.ndarray, int]] | None = None,
     ) -> None:
-        self.dataset, self.rows, self.mode, self.transform, self.seed = dataset, rows, mode, transform, seed
-        self.decoded = decoded or {}
+        self.dataset, self.rows, self.mode, self.seed = dataset, rows, mode, seed
+        self.transform, self.on_device = transform, on_device
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
-        """The images and targets of a batch. Keys are (epoch, position)."""
+        """The pixels and targets of a batch. Keys are (epoch, position)."""
         if self.seed is None:
             return [self._item(position) for _, position in keys]
         with own_randomness():
@@ -56,12 +57,7 @@ class ImageSplit(Dataset):
             return items
 
     def _item(self, position: int) -> tuple[Tensor, int]:
-        row = int(self.rows[position])
-        if row in self.decoded:
-            pixels, target = self.decoded[row]
-            image = Image.fromarray(pixels)
-        else:
-            image, target = read_image(self.dataset, row, self.mode)
+        image, target = read_image(self.dataset, int(self.rows[position]), self.mode)
         return self.transform(image), target
 
 
@@ -87,45 +83,47 @@ def train_batches(
         workers: processes that load images, for each process that trains.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
+    run = {"batch_size": batch_size, "batches_per_epoch": batches_per_epoch, "seed": seed, "start": start}
+    if isinstance(dataset, IterableDataset):
+        batches = stream_batches(dataset, accelerator, workers=workers, **run)
+        keys = ([(number, rank, place) for place in range(batch_size)] for number in count(start))
+        return _finish(batches, dataset.on_device, accelerator.device, keys)
+    sampler = EpochBatches(
+        len(dataset), batch_size=batch_size, batches=batches_per_epoch, seed=seed, rank=rank, world=world
+    )
+    sampler.start = start
     if isinstance(dataset, CachedSplit):
-        batches = dataset.train_batches(
-            batch_size=batch_size,
-            batches_per_epoch=batches_per_epoch,
-            seed=seed,
-            start=start,
-            rank=rank,
-            world=world,
-        )
-    elif isinstance(dataset, IterableDataset):
-        batches = stream_batches(
-            dataset,
-            accelerator,
-            batch_size=batch_size,
-            batches_per_epoch=batches_per_epoch,
-            start=start,
-            seed=seed,
-            workers=workers,
-        )
+        batches = dataset.train_batches(rank=rank, world=world, **run)
     else:
-        sampler = EpochBatches(
-            len(dataset), batch_size=batch_size, batches=batches_per_epoch, seed=seed, rank=rank, world=world
-        )
-        sampler.start = start
         generator = torch.Generator().manual_seed(seed)  # a loader without one draws from the global generator
         options = loader_options(workers=workers, device=accelerator.device)
         batches = DataLoader(dataset, batch_sampler=sampler, generator=generator, **options)
-    return to_device(batches, accelerator.device)
+    return _finish(batches, dataset.on_device, accelerator.device, keys=sampler)
 
 
-def eval_loader(dataset: Dataset, accelerator: Accelerator, *, batch_size: int, workers: int) -> Iterable:
-    """Batches (images, targets) of a whole split, every image exactly once over all processes."""
+def eval_loader(
+    dataset: Dataset, accelerator: Accelerator, *, batch_size: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, targets) of a whole split on this process's device, every image exactly once over all processes."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    if isinstance(dataset, CachedSplit):
-        return dataset.eval_batches(batch_size=batch_size, rank=rank, world=world)
     options = loader_options(workers=workers, device=accelerator.device) | {"persistent_workers": False}
     generator = torch.Generator().manual_seed(0)
-    if isinstance(dataset, IterableDataset):
+    if isinstance(dataset, CachedSplit):
+        batches = dataset.eval_batches(batch_size=batch_size, rank=rank, world=world)
+    elif isinstance(dataset, IterableDataset):
         dataset.set_loader_cfg(num_workers=workers)
-        return DataLoader(dataset, batch_size=batch_size, generator=generator, **options)
-    sampler = EvalBatches(len(dataset), batch_size, rank=rank, world=world)
-    return DataLoader(dataset, batch_sampler=sampler, generator=generator, **options)
+        batches = DataLoader(dataset, batch_size=batch_size, generator=generator, **options)
+    else:
+        sampler = EvalBatches(len(dataset), batch_size, rank=rank, world=world)
+        batches = DataLoader(dataset, batch_sampler=sampler, generator=generator, **options)
+    return _finish(batches, dataset.on_device, accelerator.device)
+
+
+def _finish(
+    batches: Iterable, on_device: DeviceTransform, device: torch.device, keys: Iterable | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels become images as soon as they are on the device. `keys`: of each batch, for random erasing."""
+    if keys is None or on_device.erasing is None:
+        keys = repeat(None)
+    for (pixels, targets), batch_keys in zip(to_device(batches, device), keys):  # noqa: B905 - keys may be endless
+        yield on_device(pixels, batch_keys), targets

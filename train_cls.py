@@ -29,7 +29,6 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from w2s.distillation import Distillation
 from w2s.engine.errors import InputError
 from w2s.engine.evaluation import parse_options
 from w2s.engine.main import call_main
@@ -53,7 +52,6 @@ from w2s.images.data import ImageData, load_data, set_config
 from w2s.images.loading import eval_loader, train_batches
 from w2s.images.models import (
     checkpoint_gradients,
-    classifier_flops,
     create_model,
     export,
     find_model,
@@ -65,9 +63,10 @@ from w2s.images.options import (
     add_classification_data_options,
     add_classifier_options,
     add_classifier_training_options,
+    add_term_options,
 )
 from w2s.images.teacher import ImageTeacher, build_image_teacher
-from w2s.losses import kl_softmax
+from w2s.images.terms import TERMS_OF_FEATURES, Term, build_term, check_term, update_flops
 
 COMMON_OPTIONS = (  # --help begins with these
     *("dataset", "data_dir", "model", "epochs", "batch_size", "lr", "teacher", "teacher_model", "target", "resume"),
@@ -87,8 +86,8 @@ def build_parser() -> Parser:
         "a run folder, weights file, folder of transformers, timm name, torchvision/NAME, hf-hub: or transformers:NAME",
         controls=("shuffled", "uniform", "labels", "random"),
     )
+    add_term_options(parser)
     add_optimizer_options(parser)
-
     add_classifier_training_options(parser)
     add_augmentation_options(parser)
     parser.describe_defaults(lr="from --lr-base")
@@ -144,6 +143,7 @@ def build_teacher(args, run: Run, data_config: dict, data: ImageData) -> ImageTe
         data_config=data_config,
         map_file=args.teacher_classes,
         channels_last=args.channels_last,
+        features=args.kd_term in TERMS_OF_FEATURES,
         **run.placement,
     )
 
@@ -152,7 +152,7 @@ def build_job(
     args,
     run: Run,
     plan: Plan,
-    kd: Distillation,
+    term: Term,
     *,
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -168,8 +168,9 @@ def build_job(
         args,
         run,
         plan,
-        kd,
+        term.kd,
         student=student,
+        trained=term.model,
         compiled=student,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -178,7 +179,7 @@ def build_job(
     )
 
 
-def train(args, job: Job, stop: int, batches: Iterator, criterion: nn.Module, mixup: Mixup | None) -> None:
+def train(args, job: Job, term: Term, stop: int, batches: Iterator, criterion: nn.Module, mixup: Mixup | None) -> None:
     """Train until `stop` updates are done or a signal asks to end."""
     kd, accum = job.distillation, args.grad_accum_steps
     for _ in job.updates(stop):
@@ -196,7 +197,7 @@ def train(args, job: Job, stop: int, batches: Iterator, criterion: nn.Module, mi
                 kd_loss = task_loss.new_zeros(())
                 loss = task_loss
                 if kd.weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), teacher and student on the same pixels
-                    kd_loss = kl_softmax(logits, kd.teach(images, targets=targets), kd.temperature, kd.teacher.known)
+                    kd_loss = term(logits, kd.teach(images, targets=targets), targets)
                     kd.balance(task_loss, kd_loss, outputs=[logits])  # ratio and scale are 1 without --kd-balance
                     loss = kd.scale * (task_loss + kd.weight * kd.ratio * kd_loss)
                 job.run.accelerator.backward(loss / accum)
@@ -235,32 +236,27 @@ def evaluate_only(args, run: Run, student: nn.Module, data: ImageData) -> None:
         print(json.dumps({name: metrics[name] for name in data.metrics}))
 
 
-def flops_of(args, data_config: dict, student: nn.Module, kd: Distillation, batch: int) -> dict[str, int]:
-    """FLOPs of one update of the student, and of the teacher's forward in it."""
-    student_update = classifier_flops(student, data_config["input_size"], batch=batch, train=True)
-    teacher_forward = 0
-    if kd.needs_forward:
-        shape = (args.in_chans, *kd.teacher.size)
-        teacher_forward = classifier_flops(kd.teacher.model, shape, batch=batch, train=False)
-    return {"student_update": student_update, "teacher_forward": teacher_forward}
-
-
-def fit(args, job: Job, data: ImageData) -> None:
-    """Train to the end of the run, with its evaluations and checkpoints."""
-    run, plan, kd = job.run, job.plan, job.distillation
-    criterion, mixup = build_criterion(args), build_mixup(args, data.num_classes)
-    batches = train_batches(
+def data_batches(args, run: Run, plan: Plan, data: ImageData, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """The training batches of this process from micro-batch `start` on."""
+    return train_batches(
         data.train,
         run.accelerator,
         batch_size=args.batch_size,
         batches_per_epoch=plan.updates_per_epoch * args.grad_accum_steps,
-        start=job.update * args.grad_accum_steps,
+        start=start,
         seed=args.seed,
         workers=args.workers,
     )
+
+
+def fit(args, job: Job, term: Term, data: ImageData) -> None:
+    """Train to the end of the run, with its evaluations and checkpoints."""
+    run, plan, kd = job.run, job.plan, job.distillation
+    criterion, mixup = build_criterion(args), build_mixup(args, data.num_classes)
+    batches = data_batches(args, run, plan, data, start=job.update * args.grad_accum_steps)
     while not job.done:
         stop = job.next_stop(grid_point(job.update, plan.updates_per_epoch, args.evals_per_epoch))
-        train(args, job, stop, batches, criterion, mixup)
+        train(args, job, term, stop, batches, criterion, mixup)
         with job.saved() as evaluation_due:
             if evaluation_due:
                 student = job.model_to_evaluate()
@@ -286,13 +282,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval_only:
         evaluate_only(args, run, student, data)
         return
+    check_term(args, student, data_config["input_size"])
 
     # updates, optimiser, learning rate
     plan = plan_updates(args, run, data.samples, epochs=args.epochs)
     lr = scaled_lr(args, plan.batch)
-    optimizer, scheduler = build_optimizer(
-        args, student, lr=lr, length=args.epochs, updates_per_unit=plan.updates_per_epoch, scaled=run.scales_gradients
-    )
+    steps = {"length": args.epochs, "updates_per_unit": plan.updates_per_epoch, "scaled": run.scales_gradients}
+    optimizer, scheduler = build_optimizer(args, student, lr=lr, **steps)
 
     # the method: a frozen teacher, loaded only while its phase lasts and never prepared by Accelerate
     kd = start_distillation(
@@ -307,15 +303,20 @@ def main(argv: list[str] | None = None) -> None:
         metric="top1",
         switch_images=data.sizes["switch"],
     )
-    flops = run.state["flops"] if run.state else flops_of(args, data_config, student, kd, plan.batch)
+    term = build_term(
+        args, run, plan, kd, student=student, data=data, train_batches=lambda: data_batches(args, run, plan, data)
+    )
+    if term.model is not student:  # its branches are trained, too
+        optimizer, scheduler = build_optimizer(args, term.model, lr=lr, **steps)
+    flops = run.state["flops"] if run.state else update_flops(term, student, batch=plan.batch)
 
     # the run
-    job = build_job(args, run, plan, kd, student=student, optimizer=optimizer, scheduler=scheduler, flops=flops)
+    job = build_job(args, run, plan, term, student=student, optimizer=optimizer, scheduler=scheduler, flops=flops)
     job.resume()
     job.describe(args.model, f"{args.opt} lr {lr:.4g} {args.sched}", data.sizes, targets, metric="top1")
     reported, facts = data.metrics, {**job.facts(), "data": data.sizes}
     run.open(metric="top1", mode="max", targets=targets, reported=reported, facts=facts)
-    fit(args, job, data)
+    fit(args, job, term, data)
     job.finish()
 
 

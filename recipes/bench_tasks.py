@@ -21,6 +21,7 @@ from w2s.diffusion.data import load_diffusion_data
 from w2s.diffusion.judge import resolve_sample_steps
 from w2s.diffusion.process import noise_schedule
 from w2s.distillation import Distillation
+from w2s.engine.errors import InputError
 from w2s.engine.optim import build_optimizer, scaled_lr
 from w2s.engine.plan import Plan, plan_updates
 from w2s.engine.run import Run
@@ -29,6 +30,7 @@ from w2s.engine.training import Job
 from w2s.images import loading as image_loading
 from w2s.images.augmentation import build_criterion, build_mixup
 from w2s.images.data import load_data
+from w2s.images.terms import Term, update_flops
 from w2s.teacher import Teacher
 
 
@@ -122,6 +124,8 @@ class Classification(Task):
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         self.data_config = train_cls.resolve(args)
+        if args.kd_term or args.kd_target:
+            raise InputError("a benchmark has the teacher's logits as they are: leave out --kd-term and --kd-target")
         self.run = Run(args, task=self.name)
         self.data = load_data(args, self.data_config, self.run.accelerator, cache=args.cache)
         self.cache = self.data.cache
@@ -150,19 +154,21 @@ class Classification(Task):
     def build_job(
         self, kd: Distillation, *, student: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Scheduler
     ) -> Job:
+        term = Term(kd, student)
         return train_cls.build_job(
             self.args,
             self.run,
             self.plan,
-            kd,
+            term,
             student=student,
             optimizer=optimizer,
             scheduler=scheduler,
-            flops=train_cls.flops_of(self.args, self.data_config, student, kd, self.plan.batch),
+            flops=update_flops(term, student, batch=self.plan.batch),
         )
 
     def train(self, job: Job, stop: int, batches: Iterator) -> None:
-        train_cls.train(self.args, job, stop, batches, criterion=self.criterion, mixup=self.mixup)
+        term = Term(job.distillation, job.student)
+        train_cls.train(self.args, job, term, stop, batches, criterion=self.criterion, mixup=self.mixup)
 
 
 class Detection(Task):

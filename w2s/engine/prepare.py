@@ -27,6 +27,7 @@ def prepare_job(
     flops: dict[str, int],
     export: Callable[[nn.Module, Path], None],
     terms: tuple[str, ...] = (),
+    trained: nn.Module | None = None,
 ) -> Job:
     """The student ready for its first update. The teacher is compiled beside it and never prepared by Accelerate.
 
@@ -34,13 +35,14 @@ def prepare_job(
         args: resolved options; this reads --model-ema* and --torchcompile, and `Job` its own.
         student: on its device, in its memory format.
         compiled: the part of the student that --torchcompile compiles.
+        trained: the student with what is trained beside it; None for the student alone.
         run, plan, kd, optimizer, scheduler, flops, export, terms: see `Job`.
     """
     ema = build_ema(args, student)
     if args.torchcompile:
         compiled.compile(backend=args.torchcompile)
         kd.compile(args.torchcompile)
-    model, optimizer = run.accelerator.prepare(student, optimizer)
+    model, optimizer = run.accelerator.prepare(trained or student, optimizer)
     return Job(
         args,
         run,

@@ -41,10 +41,10 @@ class Job:
         plan: its updates.
         distillation: the method.
         student: the bare module.
-        model: the same module as Accelerate prepared it (autocast, DDP).
+        model: the same module, perhaps with branches, as Accelerate prepared it (autocast, DDP).
         ema: the moving average of its weights, or None.
         optimizer, scheduler: prepared, and not prepared.
-        flops: `student_update` and `teacher_forward` of one update over all processes.
+        flops: `student_update`, `teacher_forward` and `branches` of one update over all processes.
         export: (module, folder) -> None; writes the model for others to load.
         terms: names of further losses that are averaged and recorded; those called kd_* over the taught updates only.
     """
@@ -224,7 +224,8 @@ class Job:
         losses = self.meter.take_means()
         self._take_teacher_seconds()
         evaluation = kd.take_evaluation()
-        flops = self.update * self.flops["student_update"] + kd.updates * self.flops["teacher_forward"]
+        taught = self.flops["teacher_forward"] + self.flops.get("branches", 0)
+        flops = self.update * self.flops["student_update"] + kd.updates * taught
         is_best = record.add(
             epoch=self.epoch,
             update=self.update,

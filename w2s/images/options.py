@@ -2,6 +2,7 @@
 
 from w2s.engine.options import add_data_options, add_training_options, add_weights_options
 from w2s.engine.parsing import KeyValues, Parser, add_switch, not_negative, positive_int, probability, share
+from w2s.images.terms import TERMS
 
 
 def add_classification_data_options(parser: Parser) -> None:
@@ -39,6 +40,18 @@ def add_classifier_options(parser: Parser) -> None:
     group.add_argument("--drop-path", type=probability, metavar="P", help="stochastic depth (default: the model's)")
     add_switch(group, "--grad-checkpointing", "compute activations again in the backward, to save memory")
     add_weights_options(group)
+
+
+def add_term_options(parser: Parser) -> None:
+    """Which knowledge of the teacher the term holds, see w2s/images/terms.py."""
+    group = parser.add_group_needing("teacher", "knowledge that is distilled (default: the teacher's logits)")
+    group.add_argument(
+        "--kd-term", choices=TERMS, help="beside the logits: nd, norm and direction of features; ofa; features"
+    )
+    group.add_argument(
+        "--kd-term-weight", type=not_negative, default=1.0, metavar="X", help="of --kd-term, relative to the logits"
+    )
+    group.add_argument("--kd-target", choices=["taid"], help="moves from the student's own distribution (taid)")
 
 
 def add_classifier_training_options(parser: Parser) -> None:

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2s.images.classes import Classes, ClassMap
+from w2s.engine.errors import InputError
+from w2s.images.branches import find_features
+from w2s.images.classes import Classes, ClassMap, MappedLogits
 from w2s.images.teacher_models import load_teacher
 from w2s.teacher import Teacher
 
@@ -51,6 +53,7 @@ class ImageTeacher(Teacher):
     Attributes:
         known: labels (n,) of the student's classes that it knows, for the term; None where it knows them all. The
             others have logits of -inf.
+        features: the pooled features (B, D) of its last call, once `give_features` was called.
     """
 
     def __init__(
@@ -85,6 +88,38 @@ class ImageTeacher(Teacher):
         if class_map and len(class_map.known) < len(class_map.columns):
             self.known = torch.tensor(class_map.known, device=self.device)
         self.note = class_map.describe() if class_map else None
+        self.features: Tensor | None = None
+        self.width: int | None = None  # of its features
+
+    def give_features(self) -> None:
+        """Keep the pooled features of each call in `features`.
+
+        Raises:
+            InputError: the model is not timm's, or none whose classifier follows on pooled features.
+        """
+        model = self.model.model if isinstance(self.model, MappedLogits) else self.model
+        found = find_features(model, (len(self.scale.flatten()), *self.size))
+        if found is None:
+            raise InputError(f"--kd-term: the teacher from {self.source} gives no features; --kd-term ofa needs none")
+        self.width = found[0]
+
+        def keep(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            self.features = inputs[0]
+
+        model.get_classifier().register_forward_pre_hook(keep)
+
+    def facts(self, *, switch: float, report: float) -> dict:
+        """See `Teacher.facts`; with the width of the features, where they are part of the term."""
+        features = {"features": self.width} if self.width else {}
+        return super().facts(switch=switch, report=report) | features
+
+    def shuffled(self, permutation: Callable[[int], Tensor], *inputs: object) -> Tensor:
+        """See `Teacher.shuffled`; the features change places with the outputs."""
+        outputs = self(*inputs)
+        order = permutation(len(outputs)).to(outputs.device)
+        if self.features is not None:
+            self.features = self.features[order]
+        return outputs[order]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) for a batch (B, C, H, W) that is normalised for the student."""
@@ -96,7 +131,7 @@ class ImageTeacher(Teacher):
 
     def release(self) -> None:
         """See `Teacher.release`."""
-        self.scale = self.shift = self.known = None
+        self.scale = self.shift = self.known = self.features = None
         super().release()
 
 
@@ -111,15 +146,17 @@ def build_image_teacher(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     map_file: str | None = None,
     channels_last: bool = False,
+    features: bool = False,
 ) -> ImageTeacher:
     """The frozen teacher that `--teacher` means, fitted to the student's batches.
 
     Args:
         spec, model_name, model_kwargs, classes, data_config, map_file: see `load_teacher`.
         device, autocast, channels_last: see `Teacher`.
+        features: whether the term takes its features.
 
     Raises:
-        InputError: see `load_teacher`.
+        InputError: see `load_teacher` and `ImageTeacher.give_features`.
     """
     load = partial(
         load_teacher,
@@ -131,7 +168,7 @@ def build_image_teacher(
         map_file=map_file,
     )
     model, source, class_map = load()
-    return ImageTeacher(
+    teacher = ImageTeacher(
         model,
         source=source,
         device=device,
@@ -142,3 +179,6 @@ def build_image_teacher(
         rebuild=lambda: load(trained=False)[0],
         class_map=class_map,
     )
+    if features:
+        teacher.give_features()
+    return teacher

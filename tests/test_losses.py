@@ -5,6 +5,7 @@ import copy
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -338,3 +339,86 @@ def test_the_module_imports_nothing_but_torch():
         elif isinstance(node, ast.ImportFrom):
             imported.add("." * node.level + (node.module or "").split(".")[0])
     assert imported == {"torch"}
+
+
+# --- the kinds of knowledge beside the logits ------------------------------------------------------------------------
+
+
+def test_interpolated_logits_lie_between_both_and_have_no_gradient():
+    student, teacher = logits(4, 10)
+    for t, expected in ((0.0, student.detach()), (1.0, teacher), (0.25, 0.75 * student.detach() + 0.25 * teacher)):
+        target = losses.interpolated_logits(student, teacher, t)
+        torch.testing.assert_close(target, expected)
+        assert not target.requires_grad
+    # the gradient of the term is then that of KL to a constant: t (softmax moves from its own to the teacher's)
+    assert kl_softmax(student, losses.interpolated_logits(student, teacher, 0.0)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_target_moves_as_in_algorithm_1():
+    """By hand: m = 0.99 * 0 + 0.01 * (2 - 1.5) / 2 = 0.0025; t = 0.4 + 0.0005 * sigmoid(0.0025) * 0.6."""
+    rule = {"step": 5e-4, "beta": 0.99, "end": 1.0}
+    t, momentum = torch.tensor(0.4), torch.tensor(0.0)
+    first = losses.moved_target(t, momentum, torch.tensor(math.inf), torch.tensor(2.0), 0.41, **rule)
+    assert [x.item() for x in first] == pytest.approx([0.4, 0])
+    next_t, next_momentum = losses.moved_target(t, momentum, torch.tensor(2.0), torch.tensor(1.5), 0.4, **rule)
+    assert next_momentum.item() == pytest.approx(0.0025)
+    assert next_t.item() - 0.4 == pytest.approx(5e-4 * 0.6 / (1 + math.exp(-0.0025)), rel=1e-3)
+    behind, _ = losses.moved_target(t, momentum, torch.tensor(2.0), torch.tensor(1.5), 0.7, **rule)
+    assert behind.item() == pytest.approx(0.7)  # never behind the line
+    ended, _ = losses.moved_target(torch.tensor(1.0), momentum, torch.tensor(2.0), torch.tensor(1.5), 1.0, **rule)
+    assert ended.item() == 1
+
+
+def test_enhanced_cross_entropy_by_hand():
+    """Teacher (1/2, 1/4, 1/4), student (1/4, 1/4, 1/2), label 0, gamma 2: the target is (1.5^2 - 1, 1/16, 1/16)."""
+    student = torch.tensor([[1.0, 1.0, 2.0]]).log()
+    teacher = torch.tensor([[2.0, 1.0, 1.0]]).log()
+    expected = 1.25 * math.log(4) + math.log(4) / 16 + math.log(2) / 16
+    loss = losses.enhanced_cross_entropy(student, teacher, torch.tensor([0]), gamma=2.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_enhanced_cross_entropy_without_enhancement_has_the_gradient_of_kl(temperature):
+    student, teacher = logits(6, 10)
+    labels = torch.arange(6)
+    (expected,) = torch.autograd.grad(kl_softmax(student, teacher, temperature), student)
+    loss = losses.enhanced_cross_entropy(student, teacher, labels, temperature, gamma=1.0)
+    torch.testing.assert_close(torch.autograd.grad(loss, student)[0], expected)
+    # with it, the label is raised
+    enhanced = losses.enhanced_cross_entropy(student, teacher, labels, temperature, gamma=1.5)
+    (gradient,) = torch.autograd.grad(enhanced, student)
+    assert (gradient[labels, labels] < expected[labels, labels]).all()
+
+
+def test_enhanced_cross_entropy_over_the_classes_that_both_know():
+    student, teacher = logits(4, 5)
+    teacher[:, 3] = -math.inf
+    known, labels = torch.tensor([0, 1, 2, 4]), torch.tensor([0, 3, 4, 1])
+    loss = losses.enhanced_cross_entropy(student, teacher, labels, 2.0, 1.5, known)
+    p = (teacher[:, known] / 2).softmax(-1).numpy()
+    q = (student.detach()[:, known] / 2).softmax(-1).numpy()
+    is_label = (known == labels[:, None]).numpy()
+    expected = -4 * (((p + is_label) ** 1.5 - is_label) * np.log(q)).sum() / 4
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_norm_and_direction_by_hand():
+    student = torch.tensor([[3.0, 4.0], [0.3, 0.4], [-3.0, -4.0]], requires_grad=True)
+    teacher = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 1.0]])
+    centres = torch.tensor([[30.0, 40.0], [0.0, 7.0], [3.0, 4.0]])
+    # the first is right: longer than the teacher's, along the centre; 1 - 0.4 / 2; 1 + 5 / 5
+    assert losses.norm_and_direction(student, teacher, centres).item() == pytest.approx((0 + 0.8 + 2) / 3)
+    loss = losses.norm_and_direction(student[1:2], teacher[1:2], centres[1:2])
+    (gradient,) = torch.autograd.grad(loss, student)  # a short feature grows along the centre: -e / |f_t|
+    torch.testing.assert_close(gradient[1], torch.tensor([0.0, -0.5]))
+    nothing = losses.norm_and_direction(student, teacher, torch.zeros(3, 2))
+    assert nothing.item() == pytest.approx(1)
+
+
+def test_mse_features_is_the_mean_squared_error():
+    student, teacher = logits(4, 6)
+    expected = torch.nn.functional.mse_loss(student, teacher)
+    torch.testing.assert_close(losses.mse_features(student, teacher), expected)
+    with pytest.raises(ValueError, match="shape"):
+        losses.mse_features(student, teacher[:, :3])

@@ -794,6 +794,68 @@ def test_two_processes_train_as_one(tmp_path, tiny_teacher):
     assert ours["data"] == {"train": 128, "switch": 20, "report": 597}
 
 
+TERM_PHASE = "--kd-weight 1 --kd-warmup 0.25 --kd-hold 0.5 --kd-decay 0.25"
+
+
+@pytest.mark.parametrize("term", ["nd", "ofa --kd-target taid", "features"])
+def test_two_processes_train_the_branches_of_a_term_as_one(term, tmp_path, tiny_teacher):
+    """Through an update before the teacher speaks, three with it, and four after it; nothing of them is exported."""
+    command = words(VIT, TERM_PHASE, "--warmup-epochs 0.5 --evals-per-epoch 4 --model-ema --kd-term", term)
+    one = run(tmp_path, "one", command, "--teacher", tiny_teacher)
+    log = tmp_path / "two.log"
+    process = start_script(
+        "train_cls", log, DIGITS, command, "--batch-size 16 --name two --output", tmp_path, "--teacher", tiny_teacher,
+        processes=2,
+    )  # fmt: skip
+    assert process.wait() == [0, 0], process.text
+    two = tmp_path / "two"
+    for row, other in zip(read_rows(one), read_rows(two), strict=True):
+        for column in ("train_loss", "task_loss", "kd_loss", "eval_loss"):
+            assert float(row[column] or 0) == pytest.approx(float(other[column] or 0), abs=1e-3), column
+        assert row["pflops"] == other["pflops"]
+    ours, theirs = read_summary(one), read_summary(two)
+    for key in ("flops", "params", "kd_off", "teacher"):
+        assert ours[key] == theirs[key], key
+    assert ours["kd_off"]["reason"] == "window" and ours["flops"]["branches"] > 0
+    rows, flops = read_rows(one), ours["flops"]
+    total = 8 * flops["student_update"] + 3 * (flops["teacher_forward"] + flops["branches"])
+    assert float(rows[-1]["pflops"]) == pytest.approx(total / 1e15)
+    student = timm.create_model(f"local-dir:{one / 'model'}")
+    assert set(load_file(one / "model" / "model.safetensors")) == set(student.state_dict())
+    assert ours["params"] == sum(parameter.numel() for parameter in student.parameters())
+    saved = load_file(one / "checkpoints" / "update-00000008" / "model.safetensors")
+    assert any(not name.startswith("student.") for name in saved)
+    assert set(load_file(one / "checkpoints" / "update-00000008" / "ema.safetensors")) == set(student.state_dict())
+
+
+@pytest.mark.parametrize(
+    "term", ["nd --kd-control shuffled", "ofa --kd-target taid --grad-accum-steps 2 --batch-size 16 --model-ema"]
+)
+def test_a_run_with_branches_that_is_killed_ends_in_the_same_bits(term, tmp_path, tiny_teacher):
+    command = words("--epochs 3 --kd-warmup 0.25 --kd-hold 2 --recovery-interval 3 --kd-term", term, "--teacher")
+    whole = run(tmp_path, "whole", command, tiny_teacher)
+    folder = tmp_path / "killed"
+    options = (DIGITS, RESNET, command, tiny_teacher, "--name killed --resume auto --output", tmp_path)
+    process = start_script("train_cls", tmp_path / "killed.log", *options)
+    assert process.wait_for(lambda: "update-00000003" in checkpoints(folder)), process.text
+    process.kill()
+    assert process.wait() == [-signal.SIGKILL], process.text
+    assert read_summary(folder)["status"] == "running"
+    run(tmp_path, "killed", command, tiny_teacher, "--resume auto")
+    assert_same_run(folder, whole)
+
+
+def test_a_term_is_resumed_after_the_switch_off_without_the_teachers_files(tmp_path, tiny_teacher):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, teacher)
+    command = words("--kd-warmup 0 --kd-hold 0.5 --kd-decay 0 --kd-term nd --epochs 2 --teacher", teacher)
+    whole = run(tmp_path, "whole", command)
+    folder = preempted_run(5, tmp_path, "resumed", command)
+    shutil.rmtree(teacher)
+    run(tmp_path, "resumed", command, "--resume auto")
+    assert_same_run(folder, whole)
+
+
 def evaluated(tmp_path: Path, processes: int, *parts: object) -> dict:
     """What `--eval-only` prints, which is one line."""
     log = tmp_path / f"eval-{processes}.log"
@@ -1032,6 +1094,13 @@ KD = {  # what is wrong: options beside a good teacher, words of the message
     "patience zero": ("--kd-patience 0", ["--kd-patience"]),
     "unknown end": ("--kd-off sometimes", ["--kd-off", "sometimes"]),
     "nothing held out": ("--switch-split 0", ["--switch-split"]),
+    "compiled features": ("--kd-term nd --torchcompile eager", ["--kd-term nd", "--torchcompile"]),
+    "layers of branches": ("--kd-term ofa --layer-decay 0.9", ["--kd-term ofa", "--layer-decay"]),
+    "features of labels": ("--kd-term features --kd-control labels", ["--kd-control labels", "features"]),
+    "student without features": (
+        "--kd-term nd --model deit_tiny_distilled_patch16_224 --model-kwargs patch_size=4 depth=1",
+        ["--kd-term nd", "deit_tiny_distilled_patch16_224", "features"],
+    ),
 }
 
 

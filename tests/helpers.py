@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import psutil
+
 # before torch is imported, here and in all processes started: one thread, unless asked otherwise, and no network
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -266,10 +268,50 @@ def run_script(
         launch = ["--config_file", str(ROOT / "recipes/accelerate/cpu_two.yaml"), "--num_processes", str(processes)]
         command[:1] = [sys.executable, "-m", "accelerate.commands.launch", *launch]
         command[-1:-1] = ["--main_process_port", str(free_port())]
-    environment = {**os.environ, **ON_CPU, **(env or {})}
     return subprocess.run(
-        [*command, *words(*parts)], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        [*command, *words(*parts)], env=launched_env(env), capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def launched_env(changes: dict | None = None) -> dict[str, str]:
+    """The environment of a user's command, on the CPU: there is nothing to set where no GPU is."""
+    import torch
+
+    return {**os.environ, **(ON_CPU if torch.accelerator.is_available() else {}), **(changes or {})}
+
+
+class Machine:
+    """`accelerate launch` of one process on one of two machines, which here are one; output goes to a file.
+
+    Args:
+        number: of the machine; the first one has the main process.
+        port: of the main process.
+        log: takes the output, appended.
+        script, parts: the command line.
+    """
+
+    def __init__(self, number: int, port: int, log: Path, script: str, *parts: object) -> None:
+        self.log, config = log, ROOT / "recipes/accelerate/cpu_two.yaml"
+        launch = words("--config_file", config, "--num_machines 2 --machine_rank", number)
+        launch += words("--main_process_ip 127.0.0.1 --main_process_port", port, ROOT / f"{script}.py")
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *words(*parts)]
+        with open(log, "a") as file:
+            self.process = subprocess.Popen(command, env=launched_env(), stdout=file, stderr=file)
+
+    def fail(self) -> None:
+        """End the launcher and what it has started, at once and without a word."""
+        launcher = psutil.Process(self.process.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            process.kill()
+        self.process.wait()
+
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        """The launcher's exit code. It is not left running."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.fail()
+            raise
 
 
 # ---- what a run leaves ----

@@ -20,6 +20,7 @@ TRACKER_AXES = ("epoch", "train_seconds", "pflops")  # the x-axes that curves ar
 BOOKKEEPING_OPTIONS = (
     *("config", "output", "name", "resume", "dry_run", "eval_only", "log_with", "project", "group", "log_interval"),
     *("push_to_hub", "checkpoint_hist", "recovery_interval", "check_images", "validation_batch_size", "fd_cache"),
+    "ddp_timeout",
 )
 
 

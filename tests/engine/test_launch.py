@@ -47,12 +47,13 @@ def test_the_processes_of_a_machine_know_each_other():
 
 
 def test_processes_that_know_nothing_of_each_other_are_refused(accelerator, tmp_path, monkeypatch):
-    """torchrun on a CPU starts two that Accelerate takes for two runs."""
+    """torchrun on a machine with an accelerator whose processes Accelerate cannot join, as those of MPS."""
     accelerate.state.AcceleratorState._reset_state(True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with refused("2 processes", "joins 1", "cpu_two.yaml"):
-        build_accelerator(tmp_path, None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with refused("2 processes", "joins 1", "ACCELERATE_USE_CPU=true"):
+        build_accelerator(tmp_path, None, timeout=60)
 
 
 @pytest.mark.parametrize(("kind", "waits"), [("cpu", 0), ("cuda", 1), ("mps", 1), ("xpu", 1)])
@@ -64,7 +65,7 @@ def test_a_clock_waits_for_every_kind_of_accelerator(kind, waits, monkeypatch):
 
 
 def ddp_options(accelerator) -> tuple[bool, bool]:
-    model = build_accelerator(Path("run"), None).prepare(torch.nn.Linear(2, 2))
+    model = build_accelerator(Path("run"), None, timeout=60).prepare(torch.nn.Linear(2, 2))
     return model.broadcast_buffers, model.gradient_as_bucket_view
 
 

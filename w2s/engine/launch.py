@@ -23,17 +23,16 @@ from accelerate.utils import (
 
 from w2s.engine.errors import Finished, InputError
 
-TIMEOUT = timedelta(hours=1)  # of collective operations: the main process may write or compute for long
-
 Decision = TypeVar("Decision")
 
 
-def build_accelerator(folder: Path, trackers: list[str] | None) -> accelerate.Accelerator:
+def build_accelerator(folder: Path, trackers: list[str] | None, *, timeout: float) -> accelerate.Accelerator:
     """The accelerator of a run.
 
     Args:
         folder: the run folder.
         trackers: their names, as Accelerate knows them.
+        timeout: --ddp-timeout in seconds.
 
     Raises:
         InputError: several processes were started that know nothing of each other.
@@ -42,7 +41,9 @@ def build_accelerator(folder: Path, trackers: list[str] | None) -> accelerate.Ac
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate does not know its new name yet
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = accelerate.Accelerator(
-        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=TIMEOUT)],
+        # accelerate launch does not hand use_cpu down to several processes
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
         mixed_precision=default_precision(),
         log_with=trackers,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
@@ -51,7 +52,7 @@ def build_accelerator(folder: Path, trackers: list[str] | None) -> accelerate.Ac
     if started != accelerator.num_processes:
         raise InputError(
             f"{started} processes were started (WORLD_SIZE), but Accelerate joins {accelerator.num_processes}, so that "
-            "each would train alone: on CPUs, use accelerate launch --config_file recipes/accelerate/cpu_two.yaml"
+            "each would train alone: to train on CPUs, set ACCELERATE_USE_CPU=true"
         )
     return accelerator
 

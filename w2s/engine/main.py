@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from w2s.engine.errors import Finished, InputError, NonFiniteLoss, Preempted
+from w2s.engine.errors import Finished, InputError, NonFiniteLoss, Preempted, first_line
 from w2s.engine.peers import Peers
 from w2s.engine.run import Run
 from w2s.record import replacing
@@ -35,7 +36,13 @@ def call_main(main: Callable[[], None]) -> None:
     except SystemExit as error:  # --help
         code = error.code or 0
     except BaseException as error:
-        sys.excepthook(*sys.exc_info())
+        if (reason := lost_process(error)) is None:
+            sys.excepthook(*sys.exc_info())
+        elif int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one line from each machine that is left
+            _print(
+                f"error: process {peers.rank} has lost another one ({reason}); if its machine has failed, start all "
+                "of them again with --resume auto"
+            )
         _mark_failed(error)
         code = 1
     peers.stop()
@@ -47,6 +54,14 @@ def call_main(main: Callable[[], None]) -> None:
             torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     sys.exit(code)
+
+
+def lost_process(error: BaseException) -> str | None:
+    """What a collective operation says of another process that has gone or has not answered; None of other errors."""
+    text = first_line(error)
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in text):
+        return re.sub(r"^\[\S+\] ", "", text).partition(". ")[0]  # without the place in gloo's source, and its advice
+    return None
 
 
 def _say(error: Exception, code: int, peers: Peers) -> None:

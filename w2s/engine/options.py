@@ -40,6 +40,9 @@ def add_run_options(parser: Parser) -> None:
         metavar="N",
         help="save every N updates, too; 0: only after evaluations",
     )
+    group.add_argument(
+        "--ddp-timeout", type=positive_int, default=3600, metavar="SECONDS", help="of one process waiting for another"
+    )
     group.add_argument("--log-interval", type=positive_int, default=50, metavar="N", help="updates between log lines")
     group.add_argument(
         "--log-with",

@@ -57,7 +57,7 @@ class Run:
         self.folder = Path(args.output) / args.name
         trackers = check_trackers(args.log_with) if self.keeps else None
         logging.getLogger("accelerate").setLevel(logging.WARNING)
-        self.accelerator = build_accelerator(self.folder, trackers)
+        self.accelerator = build_accelerator(self.folder, trackers, timeout=args.ddp_timeout)
         if trackers:
             decide_on_main(lambda: check_login(trackers))
         self.device = self.accelerator.device

@@ -222,5 +222,5 @@ def test_on_a_gpu_the_teacher_is_timed_by_the_device_and_its_memory_returned():
 
 def test_shuffled_outputs_are_those_of_the_examples_that_the_permutation_names(teacher):
     expected = teacher(pixels())
-    given = teacher.shuffled(lambda count: torch.arange(count).roll(1), pixels())
+    given = teacher.shuffled(lambda count, device: torch.arange(count, device=device).roll(1), pixels())
     assert torch.equal(given, expected.roll(1, 0))

@@ -53,13 +53,13 @@ class Control(NamedTuple):
             return _softened_labels(teacher(*inputs).float(), targets, temperature)
         if self.kind == "shuffled":
             seed = self.seed_of(update, micro)
-            return teacher.shuffled(lambda count: cyclic_permutation(count, seed), *inputs)
+            return teacher.shuffled(lambda count, device: cyclic_permutation(count, seed, device), *inputs)
         return teacher(*inputs)
 
 
-def cyclic_permutation(count: int, seed: int) -> Tensor:
-    """One random cycle through all rows (Sattolo 1986): no row keeps its place."""
-    cycle = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+def cyclic_permutation(count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """One random cycle through all rows (Sattolo 1986), drawn on a device: no row keeps its place."""
+    cycle = torch.randperm(count, generator=torch.Generator(device).manual_seed(seed), device=device)
     return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
 
 

@@ -80,15 +80,15 @@ class Teacher:
             "checkpoint": self.source,
         }
 
-    def shuffled(self, permutation: Callable[[int], Tensor], *inputs: object) -> object:
+    def shuffled(self, permutation: Callable[[int, torch.device], Tensor], *inputs: object) -> object:
         """For `--kd-control shuffled`: each example gets the outputs for another example of its batch.
 
         Args:
-            permutation: takes the batch size and gives the new order of the rows.
+            permutation: takes the batch size and a device, and gives the new order of the rows there.
             inputs: as for a call.
         """
         outputs = self(*inputs)
-        return outputs[permutation(len(outputs)).to(outputs.device)]
+        return outputs[permutation(len(outputs), outputs.device)]
 
     def compile(self, backend: str) -> None:
         """Compile the forward with torch.compile, apart from the student's."""

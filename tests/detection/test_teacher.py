@@ -123,10 +123,10 @@ def test_shuffled_images_give_the_detectors_outputs_of_other_images(kind):
     forward = teacher.forward
     teacher.forward = lambda batch: seen.append(batch) or forward(batch)
 
-    def permutation(count: int) -> torch.Tensor:
-        return cyclic_permutation(count, seed=7)
+    def permutation(count: int, device: torch.device) -> torch.Tensor:
+        return cyclic_permutation(count, 7, device)
 
-    order = permutation(3).tolist()
+    order = permutation(3, torch.device("cpu")).tolist()
     plain, moved = teacher(view), teacher.shuffled(permutation, view)
     assert seen[1].images.image_sizes == [view.images.image_sizes[row] for row in order]
     assert seen[1].proposals is view.proposals

@@ -1,10 +1,16 @@
 """Opening datasets and reading their labels and images."""
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
+import pytest
 from helpers import refused
 from images.pictures import hf_folder, picture, picture_folder
+from timm.data import create_dataset
 
-from w2s.images.datasets import image_mode, open_dataset, read_image, targets_of
+from w2s.images.datasets import PackedSamples, image_mode, open_dataset, read_image, targets_of
 
 
 def test_targets_come_as_integers_from_every_kind_of_dataset(tmp_path):
@@ -24,6 +30,40 @@ def test_an_image_is_read_as_it_is_in_the_mode_that_is_asked_for(tmp_path):
     for mode in ("RGB", "L"):
         image, target = read_image(dataset, 2, mode)
         assert np.array_equal(np.asarray(image), np.asarray(picture(1).convert(mode))) and target == 1
+
+
+def test_the_files_of_a_folder_are_those_that_timm_finds(tmp_path):
+    root = picture_folder(tmp_path, train={"ant": 2, "bée": 3})
+    found = create_dataset("", root=str(root), split="train").reader.samples
+    packed = open_dataset("", "train", data_dir=str(root), mode="RGB").reader.samples
+    assert list(packed) == list(found) and packed[-1] == found[-1] and len(packed) == 5
+    with pytest.raises(IndexError):
+        packed[5]
+
+
+def private_bytes_of_a_fork(samples: Sequence[tuple[str, int]]) -> int:
+    """Memory that a forked process comes to own by going through all samples."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+
+        def private() -> int:
+            lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+            return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+        before = private()
+        for _ in samples:
+            pass
+        os.write(writer, str(1024 * (private() - before)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    return int(os.read(reader, 32))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+def test_workers_do_not_copy_the_names_of_the_files():
+    samples = [(f"/data/train/class{k % 1000}/image{k:08}.jpg", k % 1000) for k in range(100_000)]
+    packed = PackedSamples(samples)
+    assert private_bytes_of_a_fork(packed) < 2**21 < 2**22 < private_bytes_of_a_fork(samples)
 
 
 def test_other_than_grey_and_colour_images_are_refused():

@@ -94,7 +94,7 @@ def test_a_teacher_gives_the_pooled_features_of_its_last_call():
     assert torch.equal(teacher.features, features_of(model, images))
     assert teacher.facts(switch=1, report=2)["features"] == 16
     order = torch.tensor([2, 3, 0, 1])
-    assert torch.equal(teacher.shuffled(lambda _: order, images), plain[order])
+    assert torch.equal(teacher.shuffled(lambda *_: order, images), plain[order])
     assert torch.equal(teacher.features, features_of(model, images)[order])
     teacher.release()
     assert teacher.features is None

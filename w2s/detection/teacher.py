@@ -91,10 +91,10 @@ class DetectorTeacher(Teacher):
             batch = batch._replace(images=self._renormalised(batch.images))
         return self.model.head_outputs(batch)
 
-    def shuffled(self, permutation: Callable[[int], Tensor], view: StudentView) -> dict[str, Tensor]:
+    def shuffled(self, permutation: Callable[[int, torch.device], Tensor], view: StudentView) -> dict[str, Tensor]:
         """For `--kd-control shuffled`: the images of the batch are exchanged, the proposals stay where they are."""
         images = view.images
-        order = permutation(len(images.tensors))
+        order = permutation(len(images.tensors), torch.device("cpu"))  # the sizes of images are no tensors
         sizes = [images.image_sizes[row] for row in order.tolist()]
         exchanged = ImageList(images.tensors[order.to(images.tensors.device)], sizes)
         return self(view._replace(images=exchanged))

@@ -1,10 +1,12 @@
 """Opening image datasets and reading their images: the built-in digits, and all that timm's factory opens."""
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
 from w2s.engine.errors import InputError, first_line, on_one_line
@@ -60,6 +62,8 @@ def open_dataset(
     if len(opened) == 0:
         raise InputError(f"split '{split}' of dataset {dataset or data_dir} is empty")
     reader = getattr(opened, "reader", None)
+    if isinstance(reader, ReaderImageFolder):
+        reader.samples = PackedSamples(reader.samples)
     if hasattr(reader, "samples") and os.path.isdir(data_dir) and os.path.samefile(reader.root, data_dir):
         # where timm finds no folder of the split, it takes all images below `data_dir`
         raise InputError(f"{data_dir} has no folder for the split '{split}'")
@@ -93,6 +97,31 @@ def _check_columns(reader: object, dataset: str, labelled: bool) -> None:
         reader.dataset = others.add_column(label_key, [0] * len(others))
 
 
+class PackedSamples(Sequence):
+    """(path, label) of many files, in arrays.
+
+    Forked workers share arrays with the main process. The objects of a list they would copy, one page after the other,
+    by counting references to them.
+
+    Args:
+        samples: (path, label) of each file.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+        paths = [os.fsencode(path) for path, _ in samples]
+        self._text = np.frombuffer(b"".join(paths), np.uint8)
+        self._ends = np.cumsum([0, *map(len, paths)])
+        self.targets = np.asarray([target for _, target in samples])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        index = range(len(self))[index]
+        path = self._text[self._ends[index] : self._ends[index + 1]].tobytes()
+        return os.fsdecode(path), self.targets[index].item()
+
+
 def class_names(dataset: Dataset) -> dict[str, int]:
     """The index of each class by its name; empty where the dataset does not name its classes."""
     return getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
@@ -108,6 +137,8 @@ def targets_of(dataset: Dataset, split: str, num_classes: int | None) -> np.ndar
     try:
         if hasattr(dataset, "targets"):
             targets = np.asarray(dataset.targets)
+        elif isinstance(reader, ReaderImageFolder):
+            targets = reader.samples.targets
         elif hasattr(reader, "samples"):
             targets = np.asarray([target for _, target in reader.samples])
         elif hasattr(reader, "label_key"):

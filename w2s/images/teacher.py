@@ -113,10 +113,10 @@ class ImageTeacher(Teacher):
         features = {"features": self.width} if self.width else {}
         return super().facts(switch=switch, report=report) | features
 
-    def shuffled(self, permutation: Callable[[int], Tensor], *inputs: object) -> Tensor:
+    def shuffled(self, permutation: Callable[[int, torch.device], Tensor], *inputs: object) -> Tensor:
         """See `Teacher.shuffled`; the features change places with the outputs."""
         outputs = self(*inputs)
-        order = permutation(len(outputs)).to(outputs.device)
+        order = permutation(len(outputs), outputs.device)
         if self.features is not None:
             self.features = self.features[order]
         return outputs[order]

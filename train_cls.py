@@ -66,7 +66,7 @@ from w2s.images.options import (
     add_term_options,
 )
 from w2s.images.teacher import ImageTeacher, build_image_teacher
-from w2s.images.terms import TERMS_OF_FEATURES, Term, build_term, check_term, update_flops
+from w2s.images.terms import TERMS_OF_FEATURES, Term, build_term, check_term, hits, update_flops
 
 COMMON_OPTIONS = (  # --help begins with these
     *("dataset", "data_dir", "model", "epochs", "batch_size", "lr", "teacher", "teacher_model", "target", "resume"),
@@ -197,7 +197,9 @@ def train(args, job: Job, term: Term, stop: int, batches: Iterator, criterion: n
                 kd_loss = task_loss.new_zeros(())
                 loss = task_loss
                 if kd.weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), teacher and student on the same pixels
-                    kd_loss = term(logits, kd.teach(images, targets=targets), targets)
+                    taught = kd.teach(images, targets=targets)
+                    kd_loss = term(logits, taught, targets)
+                    kd.compare(hits, logits, taught, targets)  # for --kd-off running
                     kd.balance(task_loss, kd_loss, outputs=[logits])  # ratio and scale are 1 without --kd-balance
                     loss = kd.scale * (task_loss + kd.weight * kd.ratio * kd_loss)
                 job.run.accelerator.backward(loss / accum)
@@ -262,7 +264,8 @@ def fit(args, job: Job, term: Term, data: ImageData) -> None:
                 student = job.model_to_evaluate()
                 metrics = validate(args, run, student, data.report)
                 if kd.active:  # is the student better than the teacher on the switch split?
-                    kd.observe(validate(args, run, student, data.switch)["top1"], update=job.update)
+                    switch = validate(args, run, student, data.switch)["top1"] if kd.needs_split else None
+                    kd.observe(switch, update=job.update)
                 job.evaluated({name: metrics[name] for name in data.metrics})
                 warn_of_guessing(job, metrics, data.guess)
 

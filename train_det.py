@@ -56,7 +56,7 @@ from w2s.detection.options import (
     reference_warmup,
 )
 from w2s.detection.teacher import DetectorTeacher, build_detector_teacher
-from w2s.detection.terms import distillation_terms
+from w2s.detection.terms import compared_loss, distillation_terms
 from w2s.distillation import Distillation
 from w2s.engine.evaluation import parse_options
 from w2s.engine.main import call_main
@@ -180,7 +180,9 @@ def train(args, job: Job, stop: int, batches: Iterator) -> None:
                 loss, kd_loss = task_loss, torch.zeros_like(task_loss)
                 kd_terms = dict.fromkeys(term_names, kd_loss)
                 if kd.weight > 0:  # L = L_task + lambda(u) L_kd(T(u)), on the batch as the student resized it
-                    kd_terms = distillation_terms(view, kd.teach(view), kd.temperature, kd.teacher.known)
+                    taught = kd.teach(view)
+                    kd_terms = distillation_terms(view, taught, kd.temperature, kd.teacher.known)
+                    kd.compare(compared_loss, view.outputs, taught, view, job.student)  # for --kd-off running
                     kd_loss = sum(kd_terms.values())
                     kd.balance(task_loss, kd_loss, outputs=view.heads)  # ratio and scale are 1 without --kd-balance
                     loss = kd.scale * (task_loss + kd.weight * kd.ratio * kd_loss)
@@ -210,11 +212,11 @@ def validate(args, run: Run, model: Callable, split: DetectionSplit) -> tuple[di
 
 def evaluate(args, job: Job, data: DetectionData) -> None:
     """Report on the student and, while the teacher is active, compare the two on the switch split."""
-    run, evaluated = job.run, job.model_to_evaluate()
+    run, kd, evaluated = job.run, job.distillation, job.model_to_evaluate()
     metrics, detections = validate(args, run, evaluated, data.report)
-    if job.distillation.active:
-        switch_metrics, _ = validate(args, run, evaluated, data.switch)
-        job.distillation.observe(switch_metrics[args.switch_metric], update=job.update)
+    if kd.active:
+        switch = validate(args, run, evaluated, data.switch)[0][args.switch_metric] if kd.needs_split else None
+        kd.observe(switch, update=job.update)
     job.evaluated({name: metrics[name] for name in METRICS})
     if run.keeps and run.is_main:
         draw_predictions(run.folder / "predictions.png", detections, data.report)
@@ -271,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     config = resolve(args)
     metric = args.switch_metric
     targets = check_targets(args, metric=metric, low=0.0, high=100.0)
-    phase = early_phase(args, length=args.epochs, mode="max")
+    phase = early_phase(args, length=args.epochs, mode="max", running="min")
     run = Run(args, task="det")
     if args.eval_only:
         evaluate_only(args, run, config, named=named, sizes={name: size for name, size in sizes.items() if size})

@@ -196,7 +196,9 @@ def train(args, job: Job, stop: int, batches: Iterator, process: DDPMScheduler) 
                 task_loss = denoising_loss(process, prediction, images=images, noise=noise, t=t, min_snr=args.min_snr)
                 loss, kd_loss = task_loss, torch.zeros_like(task_loss)
                 if kd.weight > 0:  # L = L_task + lambda(u) L_kd, teacher and student at the same x_t and t
-                    kd_loss = mse_epsilon(as_epsilon(process, prediction, x_t=x_t, t=t), kd.teach(*inputs))
+                    epsilon, taught = as_epsilon(process, prediction, x_t=x_t, t=t), kd.teach(*inputs)
+                    kd_loss = mse_epsilon(epsilon, taught)
+                    kd.compare(mse_epsilon, epsilon, taught, noise)  # for --kd-off running
                     kd.balance(task_loss, kd_loss, outputs=[prediction])  # ratio and scale are 1 without --kd-balance
                     loss = kd.scale * (task_loss + kd.weight * kd.ratio * kd_loss)
                 accelerator.backward(loss / args.grad_accum_steps)
@@ -211,7 +213,7 @@ def evaluate(job: Job, judge: Judge) -> None:
     model = job.model_to_evaluate()
     metrics = judge.reported_distances(model, picture)
     if kd.active:  # the switch-off: nearer to the data than the teacher's samples?
-        kd.observe(judge.distance(model, judge.switch), update=job.update)
+        kd.observe(judge.distance(model, judge.switch) if kd.needs_split else None, update=job.update)
     job.evaluated(metrics)
     if picture:
         log_picture(run.accelerator, "samples", picture, job.update)
@@ -283,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         switch=judge.switch,
         metric=judge.metric,
     )
-    judge.measure_references(switch=kd.active)
+    judge.measure_references(switch=kd.needs_split)
 
     flops = run.state["flops"] if run.state else flops_of(student, kd, plan.batch)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from w2s.controls import Control
 from w2s.distillation import Distillation
+from w2s.running import RunningScores
 from w2s.schedule import EarlyPhase
 from w2s.teacher import Teacher
 
@@ -24,6 +25,28 @@ def distillation(control: str | None = None, unit: str = "epoch", **options) -> 
     return kd
 
 
+def hits(outputs, labels):
+    return 100.0 * (outputs.argmax(-1) == labels)
+
+
+def test_running_scores_decide_without_a_switch_split():
+    """The student is right in 3 of 4, the teacher in 2 of 4; at the second evaluation in a row it is passed."""
+    kd = distillation()
+    kd.score["switch"] = None
+    kd.running = RunningScores()
+    kd._measured["running"] = kd.running
+    labels, eye = torch.tensor([0, 1, 2, 2]), torch.eye(3)
+    for update in (0, 1):
+        kd.advance(update)
+        kd.compare(hits, eye[[0, 1, 2, 0]], eye[[0, 1, 0, 0]], labels)
+        assert kd.count_update()
+    assert kd.needs_split is False and "off (running): 2 evaluations in a row" in kd.describe()
+    kd.observe(None, update=2)
+    assert kd.active and kd.take_evaluation()["running"] == pytest.approx((75.0, 50.0))
+    kd.observe(None, update=3)
+    assert kd.off == {"epoch": 0.3, "update": 3, "reason": "surpass"} and kd.teacher is None
+
+
 def test_a_student_alone_has_an_object_that_does_nothing():
     kd = Distillation()
     kd.advance(0)
@@ -38,7 +61,7 @@ def test_a_student_alone_has_an_object_that_does_nothing():
     assert kd.count_update() is False and kd.updates == 0
     assert kd.take_seconds() == 0.0
     assert kd.take_evaluation() == {"kd_weight": 0.0, "kd_active": 0}
-    assert kd.state_dict() == {"phase": None, "teacher": None, "kd_updates": 0, "balance": None}
+    assert kd.state_dict() == {"phase": None, "teacher": None, "kd_updates": 0, "balance": None, "running": None}
     kd.restart_timer()
     kd.compile("eager")
 
@@ -155,7 +178,7 @@ def test_a_checkpoint_brings_back_wins_score_and_count_but_no_weights():
     kd.count_update()
     kd.observe(61.0, update=10)
     state = kd.state_dict()
-    assert set(state) == {"phase", "teacher", "kd_updates", "balance"} and state["teacher"] == SCORE
+    assert set(state) == {"phase", "teacher", "kd_updates", "balance", "running"} and state["teacher"] == SCORE
     again = distillation()
     again.load_state_dict(state)
     assert (again.updates, again.score) == (1, SCORE)

@@ -1,5 +1,6 @@
 """What is measured on the batches of training: the gradients of --kd-balance against those that autograd gives."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from helpers import on_processes
 from torch import Tensor
 
 from w2s.losses import kl_softmax
-from w2s.running import GradientBalance
+from w2s.running import GradientBalance, RunningScores
 
 
 def losses(seed: int = 0, batch: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,3 +132,40 @@ def balance_of_a_share(accelerator) -> list[float]:
 def test_all_processes_hold_the_same_numbers():
     one, other = on_processes(2, balance_of_a_share)
     assert one == other and len(set(one)) > 2
+
+
+def scores(*updates: tuple[float, float, int], **options) -> RunningScores:
+    """After updates of so many images each, all with this score of the student and of the teacher."""
+    running = RunningScores(**options)
+    for student, teacher, count in updates:
+        running.add(torch.full((count,), student), torch.full((count,), teacher))
+        running.end_update()
+    return running
+
+
+def test_running_scores_are_means_over_images_that_fade():
+    assert scores((100.0, 0.0, 3), (0.0, 50.0, 1)).means() == pytest.approx((100 * 2.94 / 3.94, 50 / 3.94))
+    assert scores(*[(0.0, 100.0, 8)] * 400, *[(100.0, 0.0, 8)] * 400).means() == pytest.approx((100.0, 0.0), abs=0.1)
+
+
+def test_running_scores_sum_the_micro_batches_of_an_update_and_wait_for_the_first():
+    running = scores()
+    assert all(map(math.isnan, running.means()))
+    running.end_update()  # an update in which the teacher was silent
+    running.add(torch.tensor([100.0]), torch.tensor([0.0]))
+    running.add(torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0.0, 100.0, 100.0]))
+    running.end_update()
+    assert running.means() == (25.0, 50.0)
+
+
+def test_running_scores_leave_out_an_update_that_is_not_finite():
+    assert scores((60.0, 50.0, 4), (math.nan, 50.0, 4)).means() == (60.0, 50.0)
+
+
+def test_running_scores_continue_from_a_checkpoint_and_are_shared():
+    running = scores((60.0, 50.0, 4), reduce=lambda sums: sums * 2)
+    again = RunningScores()
+    again.load_state_dict(json.loads(json.dumps(running.state_dict())))
+    assert again.means() == running.means() == (60.0, 50.0)
+    assert running.state_dict()[2] == 8
+    assert RunningScores().state_dict() is None

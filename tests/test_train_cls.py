@@ -424,6 +424,20 @@ def test_surpass_switches_off_for_good(surpassed):
     assert {size for size, _, _ in seen[fifth:]} == {summary["params"]}
 
 
+def test_running_scores_switch_off_without_a_switch_split(tmp_path, tiny_teacher):
+    """An untrained teacher is passed by a student that learns, at the second evaluation that shows it."""
+    weak = run(tmp_path, "weak", "--epochs 1 --lr 1e-9")
+    options = "--epochs 8 --kd-off running --kd-hold 7 --kd-warmup 0 --kd-decay 1 --kd-weight 0.1 --switch-split 0"
+    folder = run(tmp_path, "taught", options, "--teacher", weak)
+    summary, rows, log = read_summary(folder), read_rows(folder), (folder / "log.txt").read_text()
+    assert summary["teacher"]["switch"] is None and summary["teacher"]["report"] == read_summary(weak)["last"]
+    scores = [tuple(map(float, pair)) for pair in re.findall(r"; in training (\S+), teacher (\S+)", log)]
+    assert summary["kd_off"]["reason"] == "surpass" and len(scores) == summary["kd_off"]["epoch"]
+    assert all(student > teacher for student, teacher in scores[-2:])
+    assert {row["switch_top1"] for row in rows} == {""}
+    assert "off (running): 2 evaluations in a row better than the teacher in training" in log
+
+
 def test_a_switch_off_survives_a_resume_without_the_teachers_files(surpassed):
     whole, seen, teacher = surpassed
     command = (whole.parent, "again", SURPASS, "--teacher", teacher)
@@ -523,7 +537,7 @@ def test_one_step_is_timms_logit_distillation(tmp_path, tiny_teacher):
 
 @pytest.mark.parametrize("kind", ["baseline", "everything"])
 def test_killed_again_and_again_it_ends_in_the_same_bits(kind, tmp_path, tiny_teacher):
-    more = [EVERYTHING, PHASE, "--kd-balance --teacher", tiny_teacher] if kind == "everything" else []
+    more = [EVERYTHING, PHASE, "--kd-balance --kd-off running --teacher", tiny_teacher] if kind == "everything" else []
     command = words(*more, "--epochs 4 --recovery-interval 3")
     whole = run(tmp_path, "whole", command)
     log, folder = tmp_path / "killed.log", tmp_path / "killed"
@@ -895,7 +909,7 @@ def test_two_processes_report_the_metrics_of_the_weights_they_export(weights, tm
 
 def test_sigterm_to_one_of_two_processes_stops_both_and_they_resume(tmp_path, tiny_teacher):
     command = words(*(DIGITS, RESNET, "--batch-size 16 --recovery-interval 3 --drop 0.2 --mixup 0.2"))
-    command += words(PHASE, "--kd-balance --teacher", tiny_teacher, "--output", tmp_path)
+    command += words(PHASE, "--kd-balance --kd-off running --teacher", tiny_teacher, "--output", tmp_path)
     whole = start_script("train_cls", tmp_path / "whole.log", command, "--name whole", processes=2)
     assert whole.wait() == [0, 0], whole.text
     process = start_script("train_cls", tmp_path / "log", command, "--name run", processes=2)

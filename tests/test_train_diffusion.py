@@ -264,6 +264,20 @@ def test_pipeline_of_another_prediction_teaches(prediction, run, tmp_path):
     assert 0 < read_summary(folder)["teacher"]["report"] < float("inf")
 
 
+def test_losses_in_training_switch_off_without_a_switch_split(run, tmp_path):
+    """A student that learns to predict the noise passes a teacher that never learnt it."""
+    weak = run(tmp_path, "weak", "--updates 1 --lr 1e-9")
+    options = (
+        "--kd-weight 0.1 --kd-warmup 0 --kd-hold 8 --kd-decay 0 --kd-off running --kd-patience 1 --eval-interval 4"
+    )
+    folder = run(tmp_path, "taught", options, "--teacher", weak)
+    student, teacher = map(
+        float, re.search(r"; in training (\S+), teacher (\S+)", (folder / "log.txt").read_text()).groups()
+    )
+    assert student < teacher and read_summary(folder)["kd_off"]["reason"] == "surpass"
+    assert read_summary(folder)["teacher"]["switch"] is None
+
+
 def test_teacher_equal_to_the_student_has_nothing_to_say(run, baseline, tmp_path):
     options = "--kd-warmup 0 --kd-hold 1 --kd-decay 0 --updates 1 --eval-interval 1 --kd-weight 5"
     folder = run(tmp_path, "run", options, "--initial-checkpoint", baseline[0], "--teacher", baseline[0])

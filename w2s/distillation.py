@@ -13,16 +13,17 @@ and after an evaluation
     if kd.active:
         kd.observe(student_metric, update=update)
 
-Everything else of the method is in here: lambda(u) and T(u), the end of the window, the comparison on the switch
-split, the release of the teacher, and what a checkpoint keeps of them.
+Everything else of the method is in here: lambda(u) and T(u), the end of the window, the comparison with the teacher,
+its release, and what a checkpoint keeps of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from w2s.controls import Control
-from w2s.running import GradientBalance
+from w2s.running import GradientBalance, RunningScores
 from w2s.schedule import EarlyPhase
 from w2s.teacher import Teacher
 
@@ -36,6 +37,7 @@ class Distillation:
         unit: what u counts, "epoch" or "update".
         updates_per_epoch: converts updates to epochs.
         balance: measures the gradients that lambda is then the ratio of; None leaves the terms as they are.
+        running: has student and teacher compared on the batches of training instead of the switch split.
 
     Attributes:
         teacher: the frozen teacher while it is needed, else None.
@@ -52,11 +54,13 @@ class Distillation:
         unit: str = "epoch",
         updates_per_epoch: int = 1,
         balance: GradientBalance | None = None,
+        running: RunningScores | None = None,
     ) -> None:
         self.phase, self.control, self.unit, self.updates_per_epoch = phase, control, unit, updates_per_epoch
         self.teacher: Teacher | None = None
         self.score: dict | None = None
-        self.gradients = balance
+        self.gradients, self.running = balance, running
+        self._measured = {"balance": balance, "running": running}  # on the batches of training
         self.weight, self.temperature = 0.0, 1.0
         self.ratio = self.scale = 1.0
         self.updates = 0
@@ -129,27 +133,39 @@ class Distillation:
             self.gradients.measure(task_loss, kd_loss, outputs)
             self.ratio, self.scale = self.gradients.ratio, self.gradients.scale(self.weight)
 
+    @torch.no_grad()
+    def compare(self, score: Callable[..., Tensor], student: object, teacher: object, *given: object) -> None:
+        """With --kd-off running, judge both on a micro-batch by `score(outputs, *given)`: scores (n,), or a loss."""
+        if self.running:
+            self.running.add(score(student, *given), score(teacher, *given))
+
     def count_update(self) -> bool:
         """Count the update that was done; returns whether the teacher took part in it."""
         taught = self.weight > 0
-        if self.gradients:
-            self.gradients.end_update()
+        for part in filter(None, self._measured.values()):
+            part.end_update()
         self.updates += int(taught)
         return taught
 
-    def observe(self, student: float, update: int) -> None:
-        """The switch-off: compare the student's metric on the switch split with the teacher's on the same split.
+    @property
+    def needs_split(self) -> bool:
+        """Whether `observe` needs the student's metric on the switch split."""
+        return self.active and not self.running
+
+    def observe(self, student: float | None, update: int) -> None:
+        """The switch-off: compare the student's metric on the switch split with the teacher's on the same split, or,
+        with --kd-off running, what both did in training; `student` is None then.
 
         A student that is strictly better at `patience` evaluations in a row, or whose teacher has faded to nothing,
         has the teacher released for good.
         """
         u = self.progress(update)
-        self._evaluation = {
-            "kd_weight": self.phase.weight(u),
-            "kd_temperature": self.phase.temperature(u),
-            "switch": student,
-        }
-        if not self.phase.observe(student, self.score["switch"], u):
+        self._evaluation = {"kd_weight": self.phase.weight(u), "kd_temperature": self.phase.temperature(u)}
+        if self.running:
+            student, teacher = self._evaluation["running"] = self.running.means()
+        else:
+            teacher, self._evaluation["switch"] = self.score["switch"], student
+        if not self.phase.observe(student, teacher, u):
             self._release()
 
     def silence(self, update: int, reason: str) -> None:
@@ -158,8 +174,8 @@ class Distillation:
         self._release()
 
     def take_evaluation(self) -> dict:
-        """What the last `observe` saw: kd_weight and kd_temperature before it, the student's metric as `switch`, and
-        kd_active after it. Zeros where the teacher was silent already.
+        """What the last `observe` saw: kd_weight and kd_temperature before it, the student's metric as `switch` or the
+        `running` scores of both, and kd_active after it. Zeros where the teacher was silent already.
 
         Raises:
             ValueError: the teacher is active and nobody has called `observe`.
@@ -199,17 +215,19 @@ class Distillation:
 
     def describe(self) -> str | None:
         """One line for the start of a run; None for a student alone."""
-        if self.phase is None:
+        if not self.phase:
             return None
         if not self.active:
             return f"distillation: over ({self.phase.reason}); the teacher is not loaded"
         phase = self.phase
         fade = ", fading with its lead" if phase.fade else ""
         balance = " in gradients" if self.gradients else ""
+        rule = "running" if self.running else phase.off
+        rival = "the teacher in training" if self.running else f"{self.score['switch']:.4g}"
         line = (
             f"distillation: lambda {phase.full_weight:g}{balance} (warm-up {phase.warmup:g}, hold {phase.hold:g}, "
             f"decay {phase.decay:g} {self.unit}s{fade}), T {phase.start_temperature:g} to {phase.end_temperature:g}; "
-            f"off ({phase.off}): {phase.patience} evaluations in a row better than {self.score['switch']:.4g}"
+            f"off ({rule}): {phase.patience} evaluations in a row better than {rival}"
         )
         return line + (f"; in the teacher's place: --kd-control {self.control.kind}" if self.control else "")
 
@@ -220,13 +238,14 @@ class Distillation:
     def state_dict(self) -> dict:
         """What a checkpoint keeps; the teacher's weights are not among it."""
         phase = None if self.phase is None else self.phase.state_dict()
-        balance = self.gradients and self.gradients.state_dict()
-        return {"phase": phase, "teacher": self.score, "kd_updates": self.updates, "balance": balance}
+        measured = {name: part and part.state_dict() for name, part in self._measured.items()}
+        return {"phase": phase, "teacher": self.score, "kd_updates": self.updates, **measured}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a checkpoint; a teacher that was off stays off."""
         self.score, self.updates = state["teacher"], state["kd_updates"]
         if self.phase is not None:
             self.phase.load_state_dict(state["phase"])
-        if self.gradients:
-            self.gradients.load_state_dict(state["balance"])
+        for name, part in self._measured.items():
+            if part:
+                part.load_state_dict(state[name])

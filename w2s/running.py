@@ -4,6 +4,7 @@ Nothing in here waits for the device, and all processes hold the same numbers: w
 others once an update, through `reduce`.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -87,6 +88,56 @@ class GradientBalance:
         """Continue from `state_dict()`."""
         if state:
             self.means, self.first = torch.tensor(state["means"]), torch.tensor(state["first"])
+
+
+class RunningScores:
+    """How student and teacher do on the very batches that both see in training, for `--kd-off running`.
+
+    Sums over the images or losses of the last updates, in which an update counts `DECAY` times as much as the one
+    after it: with 0.98 they remember some 50 updates. Both are judged on the same augmented images, so that what is
+    hard about a batch is hard for both. The student is in training mode, as it is when it learns: dropout and the
+    statistics of the batch are its handicap. A teacher that was trained on these very images has a score that is too
+    good: the student passes it late or never, and the window ends its phase.
+
+    Args:
+        reduce: a mean or a sum over all processes; both give the same scores.
+    """
+
+    DECAY = 0.98
+
+    def __init__(self, reduce: REDUCE = lambda sums: sums) -> None:
+        self.reduce = reduce
+        self.sums: Tensor | None = None  # of the student's scores, of the teacher's, and how many there were
+        self._sums: Tensor | None = None  # of the micro-batches of this update
+
+    def add(self, student: Tensor, teacher: Tensor) -> None:
+        """Take in the scores of a micro-batch, (n,) or scalars each: 100 where right and 0 where wrong, or losses."""
+        sums = torch.stack([student.float().sum(), teacher.float().sum(), student.new_tensor(student.numel()).float()])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def end_update(self) -> None:
+        """Let the micro-batches since the last time enter the sums. What is not finite does not."""
+        if self._sums is None:
+            return
+        sums, self._sums = self.reduce(self._sums), None
+        before = torch.zeros_like(sums) if self.sums is None else self.sums.to(sums.device)
+        self.sums = torch.where(sums.isfinite().all(), self.DECAY * before + sums, before)
+
+    def means(self) -> tuple[float, float]:
+        """The scores of student and teacher, the same on all processes; NaN before the first taught update."""
+        if self.sums is None:
+            return math.nan, math.nan
+        student, teacher, count = self.sums.tolist()
+        return (student / count, teacher / count) if count else (math.nan, math.nan)
+
+    def state_dict(self) -> list[float] | None:
+        """What a checkpoint keeps; None before the first taught update."""
+        return None if self.sums is None else self.sums.tolist()
+
+    def load_state_dict(self, state: list[float] | None) -> None:
+        """Continue from `state_dict()`."""
+        if state:
+            self.sums = torch.tensor(state)
 
 
 def _ratio(means: Tensor) -> Tensor:

@@ -66,11 +66,12 @@ class Teacher:
         """The model's outputs for the student's inputs."""
         return self.model(*inputs)
 
-    def facts(self, *, switch: float, report: float) -> dict:
+    def facts(self, *, switch: float | None, report: float) -> dict:
         """What summary.json says of it: `Distillation.score`.
 
         Args:
-            switch, report: its metric on the switch split and on the reporting split, measured as the student's is.
+            switch, report: its metric on the switch split (None where that is not looked at) and on the reporting
+                split, measured as the student's is.
         """
         return {
             "model": self.name,

@@ -10,7 +10,7 @@ from torch.distributions import Bernoulli, kl_divergence
 from w2s.detection.config import DETECTOR_KINDS
 from w2s.detection.models import StudentView, build_detector
 from w2s.detection.teacher import DetectorTeacher
-from w2s.detection.terms import distillation_terms
+from w2s.detection.terms import compared_loss, distillation_terms
 
 
 @KINDS
@@ -38,9 +38,23 @@ def test_terms_are_positive_and_teach_the_student_only(kind):
     assert teacher.calls == 1
 
 
+@KINDS
+def test_the_compared_loss_is_torchvisions_own(kind):
+    """All of RetinaNet's loss, and that of Faster R-CNN's RoI head; it draws no random number."""
+    student, teacher = student_and_teacher(kind)
+    images, targets = batch(student.first_label)
+    targets[0] = {name: value[:0] for name, value in targets[0].items()}  # no object
+    losses, view = student(images, targets)
+    own = losses if kind == "retinanet" else {k: losses[k] for k in ("loss_classifier", "loss_box_reg")}
+    state = torch.get_rng_state()
+    torch.testing.assert_close(compared_loss(view.outputs, view, student), sum(own.values()))
+    assert compared_loss(teacher(view), view, student) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def view_of(outputs: dict[str, Tensor], images: int = 1) -> StudentView:
     """A view with nothing but head outputs, for so many images."""
-    return StudentView(images=None, outputs=outputs, proposals=[None] * images, heads=[])
+    return StudentView(images=None, outputs=outputs, proposals=[None] * images, heads=[], targets=[])
 
 
 def test_anchor_terms_are_the_weighted_sums_by_hand():

@@ -28,6 +28,23 @@ def test_the_options_reach_the_phase():
     assert (made.temperature(0), made.temperature(8), made.mode, made.off) == (5, 2, "max", "surpass")
 
 
+def test_a_running_comparison_is_a_switch_off_by_what_is_compared():
+    args = build_parser().parse_recipe(
+        ["--teacher", "somewhere", "--kd-off", "running", "--kd-warmup", "1", "--kd-hold", "3", "--kd-decay", "4"]
+    )
+    assert (early_phase(args, length=10, mode="max").off, early_phase(args, length=10, mode="max").mode) == (
+        "surpass",
+        "max",
+    )
+    assert early_phase(args, length=10, mode="max", running="min").mode == "min"
+
+
+@pytest.mark.parametrize("words", ["--kd-control shuffled", "--teacher-score 60"])
+def test_a_running_comparison_needs_the_teacher_itself(words):
+    with refused("--kd-off running", words.split()[0]):
+        phase(f"--kd-off running {words}")
+
+
 def test_one_temperature_is_constant():
     made, _ = phase("--kd-temperature 4")
     assert made.temperature(0) == made.temperature(40) == 4

@@ -40,12 +40,16 @@ class StudentView(NamedTuple):
         proposals: for Faster R-CNN the boxes (n, 4) of each image that were sampled for the RoI head, in pixels of
             `images`; None for RetinaNet.
         heads: the tensors that came out of the heads, float32, from which both the losses and `outputs` were made.
+        targets: boxes and labels of each image, as the student resized them.
+        anchors: of each image, (anchors, 4) in pixels of `images`, for RetinaNet; None for Faster R-CNN.
     """
 
     images: ImageList
     outputs: dict[str, Tensor]
     proposals: list[Tensor] | None
     heads: list[Tensor]
+    targets: list[dict[str, Tensor]]
+    anchors: list[Tensor] | None = None
 
 
 class Float32Anchors(AnchorGenerator):
@@ -73,8 +77,8 @@ class _RecordingDetector(nn.Module):
 
     def _record(self, name: str, module: nn.Module, inputs: tuple, output: object) -> object:
         """A forward hook: what it returns takes the place of the module's output."""
-        if name == "images":
-            value = output[0]
+        if name in ("batch", "anchors"):
+            value = output
         elif name == "proposals":
             value = inputs[1]
         else:
@@ -89,10 +93,12 @@ class _RecordingDetector(nn.Module):
             return detections
         recorded, self._recorded = self._recorded, {}
         return losses, StudentView(
-            images=recorded["images"],
+            images=recorded["batch"][0],
             outputs=self.name_outputs(recorded),
             proposals=recorded.get("proposals"),
             heads=self.head_tensors(recorded),
+            targets=recorded["batch"][1],
+            anchors=recorded.get("anchors"),
         )
 
 
@@ -101,7 +107,7 @@ class RetinaNet(_RecordingDetector, detection.RetinaNet):
 
     def __init__(self, backbone: nn.Module, **kwargs) -> None:
         super().__init__(backbone, **kwargs)
-        self._record_from(images=self.transform, heads=self.head)
+        self._record_from(batch=self.transform, anchors=self.anchor_generator, heads=self.head)
 
     @staticmethod
     def name_outputs(recorded: dict) -> dict[str, Tensor]:
@@ -125,7 +131,7 @@ class FasterRCNN(_RecordingDetector, detection.FasterRCNN):
     def __init__(self, backbone: nn.Module, **kwargs) -> None:
         super().__init__(backbone, **kwargs)
         self._record_from(
-            images=self.transform,
+            batch=self.transform,
             rpn=self.rpn.head,
             proposals=self.roi_heads.box_roi_pool,
             roi=self.roi_heads.box_predictor,

@@ -2,7 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from w2s.detection.models import StudentView
 from w2s.losses import kl_sigmoid, kl_softmax
@@ -36,6 +37,31 @@ def distillation_terms(
         **_anchor_terms(student_outputs, teacher_outputs, temperature=temperature, prefix="rpn_"),
         **_roi_terms(student_outputs, teacher_outputs, temperature=temperature, known=known),
     }
+
+
+def compared_loss(outputs: dict[str, Tensor], view: StudentView, detector: nn.Module) -> Tensor:
+    """torchvision's loss of head outputs for a training batch, as one number: what --kd-off running compares.
+
+    For Faster R-CNN it is the loss of the RoI head on the proposals that the student sampled. That of the RPN samples
+    anchors at random, which would change what is drawn afterwards.
+
+    Args:
+        outputs: of the student or of a teacher, by the names of `DetectorKind.terms`.
+        view: of the batch.
+        detector: the student.
+    """
+    if "cls" in outputs:
+        heads = {"cls_logits": outputs["cls"].float(), "bbox_regression": outputs["box"].float()}
+        return sum(detector.compute_loss(view.targets, heads, view.anchors).values())
+    heads = detector.roi_heads
+    boxes, labels = ([target[name] for target in view.targets] for name in ("boxes", "labels"))
+    matches, labels = heads.assign_targets_to_proposals(view.proposals, boxes, labels)
+    matched = [
+        of_image[match] if len(of_image) else torch.zeros_like(proposals)
+        for of_image, match, proposals in zip(boxes, matches, view.proposals, strict=True)
+    ]
+    deltas = heads.box_coder.encode(matched, view.proposals)
+    return sum(fastrcnn_loss(outputs["roi_cls"].float(), outputs["roi_box"].float(), labels, deltas))
 
 
 def merge_background(logits: Tensor, kept: Tensor) -> Tensor:

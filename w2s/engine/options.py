@@ -187,7 +187,11 @@ def add_kd_options(
     group.add_argument("--kd-temperature", type=float, nargs="+", default=[6.0, 1.0], metavar="T", help="START [END]")
     group.add_argument("--kd-patience", type=positive_int, default=2, metavar="N", help="evaluations in a row to win")
     group.add_argument(
-        "--kd-off", type=_kd_off, default="surpass", metavar="WHEN", help=f"surpass, never, or a number of {unit}"
+        "--kd-off",
+        type=_kd_off,
+        default="surpass",
+        metavar="WHEN",
+        help=f"surpass, running (no split needed), never, or a number of {unit}",
     )
     add_switch(group, "--kd-fade", "let lambda follow what is left of the teacher's lead (default: off)")
     add_switch(
@@ -271,9 +275,11 @@ def run_name(args) -> str:
 
 
 def _kd_off(text: str) -> str | float:
-    if text in ("surpass", "never"):
+    if text in ("surpass", "running", "never"):
         return text
     try:
         return not_negative(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"takes surpass, never or a number of 0 or more, got {text}") from None
+        raise argparse.ArgumentTypeError(
+            f"takes surpass, running, never or a number of 0 or more, got {text}"
+        ) from None

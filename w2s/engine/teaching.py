@@ -12,7 +12,7 @@ from w2s.engine.errors import InputError
 from w2s.engine.plan import Plan
 from w2s.engine.randomness import mix_seed, own_randomness
 from w2s.engine.run import Run
-from w2s.running import GradientBalance
+from w2s.running import GradientBalance, RunningScores
 from w2s.schedule import EarlyPhase
 from w2s.teacher import Teacher
 
@@ -28,8 +28,14 @@ def kd_window(args, length: float) -> tuple[float, float, float]:
     )
 
 
-def early_phase(args, length: float, mode: str) -> EarlyPhase | None:
+def early_phase(args, length: float, mode: str, running: str | None = None) -> EarlyPhase | None:
     """The EarlyPhase of a run of `length` epochs (or updates), None without a teacher.
+
+    Args:
+        args: resolved options; this reads those of the group "distillation".
+        length: of the run.
+        mode: "max" or "min", what is better in the metric that is compared.
+        running: the same for what --kd-off running compares; `mode` if None.
 
     Raises:
         InputError: the window is longer than the run, an option is out of range, or --kd-control has no teacher to
@@ -43,6 +49,13 @@ def early_phase(args, length: float, mode: str) -> EarlyPhase | None:
         raise InputError("--kd-control shuffled exchanges the examples of a batch: --batch-size must be at least 2")
     if not args.teacher:
         return None
+    is_running = args.kd_off == "running"
+    for option, value in (("kd-control", args.kd_control), ("teacher-score", args.teacher_score)):
+        if is_running and value is not None:
+            raise InputError(
+                f"--kd-off running compares the teacher itself, on the batches of training: leave out --{option}"
+                + (", or give --kd-off the epoch at which the taught run fell silent" if args.kd_control else "")
+            )
     if len(args.kd_temperature) > 2:
         raise InputError(f"--kd-temperature takes START and END, got {len(args.kd_temperature)} values")
     window = args.kd_warmup + args.kd_hold + args.kd_decay
@@ -59,8 +72,8 @@ def early_phase(args, length: float, mode: str) -> EarlyPhase | None:
             decay=args.kd_decay,
             temperature=(args.kd_temperature[0], args.kd_temperature[-1]),
             patience=args.kd_patience,
-            mode=mode,
-            off=args.kd_off,
+            mode=running or mode if is_running else mode,
+            off="surpass" if is_running else args.kd_off,
             fade=args.kd_fade,
         )
     except ValueError as error:
@@ -107,18 +120,19 @@ def start_distillation(
     Raises:
         InputError: no switch split, a teacher that does not fit, or one whose score is not finite.
     """
-    control = build_control(args, process=run.accelerator.process_index)
+    mean = partial(run.accelerator.reduce, reduction="mean")
     kd = Distillation(
         phase,
-        control=control,
+        control=build_control(args, process=run.accelerator.process_index),
         unit=plan.unit,
         updates_per_epoch=plan.updates_per_epoch,
-        balance=GradientBalance(partial(run.accelerator.reduce, reduction="mean")) if args.kd_balance else None,
+        balance=GradientBalance(mean) if args.kd_balance else None,
+        running=RunningScores(mean) if args.kd_off == "running" else None,
     )
     if run.state:
         kd.load_state_dict(run.state)
-    if phase and switch is None:
-        raise InputError("--switch-split 0 leaves no images to compare student and teacher on; give a share above 0")
+    if phase and switch is None and not kd.running:
+        raise InputError("--switch-split 0 leaves nothing to compare on; give a share above 0, or --kd-off running")
     if not kd.active:
         return kd
     kd.teacher = load()
@@ -130,7 +144,7 @@ def start_distillation(
             mode=phase.mode,
             evaluate=partial(evaluate, kd.teacher),
             report=report,
-            switch=switch,
+            switch=None if kd.running else switch,
             known_score=args.teacher_score,
             images=switch_images,
         )
@@ -154,6 +168,7 @@ def score_teacher(
     """Measure a teacher on both splits, say what it scores, and return what summary.json holds of it.
 
     Args:
+        switch: None where it is not looked at, with --kd-off running.
         known_score: from --teacher-score; takes the place of the score on the switch split.
         images: see `switch_images` of `start_distillation`.
 
@@ -161,25 +176,29 @@ def score_teacher(
         InputError: a score is not finite: the teacher's weights are broken, and nothing could ever beat it.
     """
     reported = evaluate(report)
-    score = evaluate(switch) if known_score is None else known_score
-    if not (math.isfinite(reported) and math.isfinite(score)):
-        raise InputError(
-            f"the teacher from {teacher.source} scores {metric} {reported:g}, {score:g} on the switch split"
-        )
-    if known_score is not None:
-        how = "given by --teacher-score"
+    score = known_score
+    if switch is not None and known_score is None:
+        score = evaluate(switch)
+    if not all(value is None or math.isfinite(value) for value in (reported, score)):
+        decisive = "" if score is None else f", {score:g} on the switch split"
+        raise InputError(f"the teacher from {teacher.source} scores {metric} {reported:g}{decisive}")
+    if score is None:
+        rival = "it on the batches of training"
+    elif known_score is not None:
+        rival = f"{score:.4g}, given by --teacher-score"
     elif images:
-        how = (
-            f"measured on the {images} images of the switch split, with a standard error of {_error(score, images):.2g}"
-        )
+        error = f"with a standard error of {_error(score, images):.2g}"
+        rival = f"{score:.4g}, measured on the {images} images of the switch split, {error}"
     else:
-        how = "measured for the switch-off alone"
+        rival = f"{score:.4g}, measured for the switch-off alone"
     run.log(
         f"teacher {teacher.name} ({teacher.params / 1e6:.2f} M parameters) from {teacher.source}: {metric} "
-        f"{reported:.4g} on the reporting split; the student has to beat {score:.4g}, {how}"
+        f"{reported:.4g} on the reporting split; the student has to beat {rival}"
     )
     if teacher.note:
         run.log(teacher.note)
+    if score is None:
+        return teacher.facts(switch=None, report=reported)
     lead = score - reported if mode == "max" else reported - score
     if known_score is None and images and lead > abs(reported) / 50 + 2 * _error(score, images):
         run.log(

@@ -224,6 +224,7 @@ class Job:
         losses = self.meter.take_means()
         self._take_teacher_seconds()
         evaluation = kd.take_evaluation()
+        running = evaluation.pop("running", None)
         taught = self.flops["teacher_forward"] + self.flops.get("branches", 0)
         flops = self.update * self.flops["student_update"] + kd.updates * taught
         is_best = record.add(
@@ -242,6 +243,8 @@ class Job:
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if "switch" in evaluation:
             values += f"; switch split {evaluation['switch']:.4g}, teacher {kd.score['switch']:.4g}"
+        if running:
+            values += "; in training {:.4g}, teacher {:.4g}".format(*running)
         run.log(f"epoch {self.epoch:.4g}, update {self.update}: {values}")
         if self.skipped:
             record.write_summary(skipped_updates=self.skipped)

@@ -249,11 +249,11 @@ def _load_stream(args, data_config: dict, accelerator: Accelerator, *, cache: st
     )
     report_transforms = eval_transform(data_config), device_transform(args, data_config, accelerator.device)
     switch = None
-    if args.teacher:
+    if args.teacher and args.kd_off != "running":
         if _is_number(args.switch_split):
             raise InputError(
-                f"--dataset {args.dataset} is a stream and cannot be sliced: name held-out shards with --switch-split, "
-                "and leave them out of --train-split"
+                f"--dataset {args.dataset} is a stream and cannot be sliced: name held-out shards with --switch-split "
+                "and leave them out of --train-split, or give --kd-off running"
             )
         switch = open_split(args.switch_split)
         switch.transform, switch.on_device = report_transforms

@@ -47,6 +47,13 @@ BRANCHES = 0x6272616E  # keeps the seed of the branches apart from the run's oth
 TAID_START, TAID_END, TAID_STEP, TAID_BETA = 0.4, 1.0, 5e-4, 0.99  # as in its authors' code
 
 
+def hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """100 where the largest logit (B, classes) is that of the label and 0 elsewhere, (B,); a mixed target (B, classes)
+    stands for its largest share."""
+    labels = targets if targets.ndim == 1 else targets.argmax(-1)
+    return 100.0 * (logits.argmax(-1) == labels)
+
+
 class Term:
     """L_kd of a batch.
 

@@ -1,6 +1,7 @@
 """Trackers before a run begins, and trackio; what TensorBoard and W&B are told is tested with the scripts."""
 
 import contextlib
+import os
 import signal
 import sqlite3
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import wandb
 from accelerate.tracking import get_available_trackers
-from helpers import DIGITS, RESNET, call_script, read_rows, refused, start_script, words
+from helpers import DIGITS, RESNET, call_script, on_processes, read_rows, refused, start_script, words
 
 import train_cls
+from w2s.engine.errors import InputError
+from w2s.engine.run import Run
 from w2s.engine.trackers import TRACKERS, check_login, check_trackers
 
 KEY = "0123456789" * 4
@@ -107,3 +110,21 @@ def test_a_tracker_that_refuses_leaves_no_run_behind(tmp_path, monkeypatch):
     with refused("--log-with wandb: no such server;", "WANDB_MODE=offline"):
         call_script(train_cls.main, DIGITS, RESNET, "--log-with wandb --name run --output", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def named_by_wandb(accelerator, folder: str, rank_with_key: int) -> str:
+    """Begin a run that W&B follows, where one process alone has a key."""
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "NETRC"):
+        os.environ.pop(name, None)
+    os.environ["HOME"] = os.environ["WANDB_CONFIG_DIR"] = folder
+    if accelerator.process_index == rank_with_key:
+        os.environ["WANDB_API_KEY"] = KEY
+    args = train_cls.build_parser().parse_recipe(["--model", "resnet10t", "--log-with", "wandb", "--output", folder])
+    args.name = "run"
+    return Run(args, task="cls").name
+
+
+def test_a_key_of_wandb_is_asked_of_the_main_process_alone(tmp_path):
+    assert on_processes(2, named_by_wandb, str(tmp_path), 0) == ["run", "run"]
+    for error in on_processes(2, named_by_wandb, str(tmp_path), 1):
+        assert isinstance(error, InputError) and "no API key" in str(error)

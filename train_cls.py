@@ -181,17 +181,17 @@ def build_job(
 
 def train(args, job: Job, term: Term, stop: int, batches: Iterator, criterion: nn.Module, mixup: Mixup | None) -> None:
     """Train until `stop` updates are done or a signal asks to end."""
-    kd, accum = job.distillation, args.grad_accum_steps
+    kd = job.distillation
     for _ in job.updates(stop):
         if mixup and args.mixup_off_epoch and job.epoch >= args.mixup_off_epoch:
             mixup.mixup_enabled = False
         losses = torch.zeros(3, device=job.run.device)
-        for micro in range(accum):
+        for _ in job.micro_batches():
             images, targets = next(batches)
             if mixup:
                 images, targets = mixup(images, targets)
 
-            with job.accumulating(last=micro == accum - 1):
+            with job.accumulating():
                 logits = job.model(images)
                 task_loss = criterion(logits.float(), targets)
                 kd_loss = task_loss.new_zeros(())
@@ -202,8 +202,8 @@ def train(args, job: Job, term: Term, stop: int, batches: Iterator, criterion: n
                     kd.compare(hits, logits, taught, targets)  # for --kd-off running
                     kd.balance(task_loss, kd_loss, outputs=[logits])  # ratio and scale are 1 without --kd-balance
                     loss = kd.scale * (task_loss + kd.weight * kd.ratio * kd_loss)
-                job.run.accelerator.backward(loss / accum)
-            losses += torch.stack([loss, task_loss, kd_loss]).detach() / accum
+                job.run.accelerator.backward(loss / job.accum)
+            losses += torch.stack([loss, task_loss, kd_loss]).detach() / job.accum
         job.step(losses)
 
 

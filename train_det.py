@@ -169,12 +169,11 @@ def build_job(
 def train(args, job: Job, stop: int, batches: Iterator) -> None:
     """Train until `stop` updates are done, or a signal asks to end."""
     kd, accelerator, term_names = job.distillation, job.run.accelerator, DETECTOR_KINDS[args.detector].terms
-    micro_batches = args.grad_accum_steps
     for _ in job.updates(stop):
         losses = torch.zeros(3 + len(job.terms), device=job.run.device)
-        for micro in range(micro_batches):
+        for _ in job.micro_batches():
             images, targets = next(batches)
-            with job.accumulating(last=micro == micro_batches - 1):
+            with job.accumulating():
                 task_terms, view = job.model(images, targets)  # torchvision's losses, and what the teacher needs
                 task_loss = sum(task_terms.values())
                 loss, kd_loss = task_loss, torch.zeros_like(task_loss)
@@ -186,10 +185,10 @@ def train(args, job: Job, stop: int, batches: Iterator) -> None:
                     kd_loss = sum(kd_terms.values())
                     kd.balance(task_loss, kd_loss, outputs=view.heads)  # ratio and scale are 1 without --kd-balance
                     loss = kd.scale * (task_loss + kd.weight * kd.ratio * kd_loss)
-                accelerator.backward(loss / micro_batches)
+                accelerator.backward(loss / job.accum)
             view = None  # frees the activations that it holds before the next forward
             values = torch.stack([loss, task_loss, kd_loss, *task_terms.values(), *kd_terms.values()])
-            losses += values.detach() / micro_batches
+            losses += values.detach() / job.accum
         job.step(losses)
 
 
@@ -248,13 +247,14 @@ def evaluate_only(args, run: Run, config: DetectorConfig, *, named: bool, sizes:
 
 def fit(args, job: Job, data: DetectionData) -> None:
     """Train until the run is complete; evaluate and save on the way."""
-    plan, accum = job.plan, args.grad_accum_steps
+    plan = job.plan
     batches = train_batches(
         data.train,
         job.run.accelerator,
         batch_size=args.batch_size,
-        batches_per_epoch=plan.updates_per_epoch * accum,
-        start=job.update * accum,
+        batches_per_epoch=plan.updates_per_epoch * job.accum,
+        micro_batches=job.accum,
+        start=job.update * job.accum,
         seed=args.seed,
         workers=args.workers,
         group_aspect=args.group_aspect,

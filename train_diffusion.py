@@ -183,15 +183,16 @@ def train(args, job: Job, stop: int, batches: Iterator, process: DDPMScheduler) 
     kd, accelerator = job.distillation, job.run.accelerator
     for update in job.updates(stop):
         losses = torch.zeros(3, device=job.run.device)
-        for micro in range(args.grad_accum_steps):
+        for micro in job.micro_batches():
             images, labels = next(batches)
-            noise, t = draw_noise(images, accelerator, steps=args.diffusion_steps, key=(args.seed, update, micro))
+            place = {"micro": micro, "micro_batches": job.accum}
+            noise, t = draw_noise(images, accelerator, steps=args.diffusion_steps, key=(args.seed, update, 0), **place)
             x_t = process.add_noise(images, noise, t)
             if args.channels_last:
                 x_t = x_t.contiguous(memory_format=torch.channels_last)
             inputs = (x_t, t, labels if args.class_cond else None)
 
-            with job.accumulating(last=micro == args.grad_accum_steps - 1):
+            with job.accumulating():
                 prediction = job.model(*inputs)
                 task_loss = denoising_loss(process, prediction, images=images, noise=noise, t=t, min_snr=args.min_snr)
                 loss, kd_loss = task_loss, torch.zeros_like(task_loss)
@@ -201,8 +202,8 @@ def train(args, job: Job, stop: int, batches: Iterator, process: DDPMScheduler) 
                     kd.compare(mse_epsilon, epsilon, taught, noise)  # for --kd-off running
                     kd.balance(task_loss, kd_loss, outputs=[prediction])  # ratio and scale are 1 without --kd-balance
                     loss = kd.scale * (task_loss + kd.weight * kd.ratio * kd_loss)
-                accelerator.backward(loss / args.grad_accum_steps)
-            losses += torch.stack([loss, task_loss, kd_loss]).detach() / args.grad_accum_steps
+                accelerator.backward(loss / job.accum)
+            losses += torch.stack([loss, task_loss, kd_loss]).detach() / job.accum
         job.step(losses)
 
 
@@ -228,13 +229,12 @@ def evaluate_only(run: Run, student: nn.Module, judge: Judge) -> None:
 
 def fit(args, job: Job, data: DiffusionData, process: DDPMScheduler, judge: Judge) -> None:
     """Train to the end of the run, with its evaluations and checkpoints."""
-    accum = args.grad_accum_steps
     batches = train_batches(
         data.train,
         job.run.accelerator,
         batch_size=args.batch_size,
-        batches_per_epoch=accum * job.plan.updates_per_epoch,
-        start=accum * job.update,
+        batches_per_epoch=job.plan.updates_per_epoch * job.accum,
+        start=job.update * job.accum,
         seed=args.seed,
         workers=args.workers,
     )

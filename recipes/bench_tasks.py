@@ -188,7 +188,11 @@ class Detection(Task):
 
     def batches(self) -> Iterator:
         return detection_loading.train_batches(
-            self.data.train, self.run.accelerator, group_aspect=self.args.group_aspect, **self.loader_options()
+            self.data.train,
+            self.run.accelerator,
+            micro_batches=self.args.grad_accum_steps,
+            group_aspect=self.args.group_aspect,
+            **self.loader_options(),
         )
 
     def build_student(self) -> nn.Module:

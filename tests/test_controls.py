@@ -72,6 +72,8 @@ def test_shuffled_depends_on_seed_update_process_and_micro_batch_alone():
         outputs(control("shuffled"), teacher, micro=MICRO + 1),
     ]
     assert not any(torch.equal(first, other) for other in others)
+    second = build_control(SimpleNamespace(kd_control="shuffled", seed=0), process=1, processes=2)
+    assert torch.equal(outputs(second, teacher), others[-1])  # of two processes: the second micro-batch of one
 
 
 def test_shuffled_logits_are_the_teachers_of_other_images(teacher):

@@ -953,14 +953,45 @@ def test_without_an_accelerator_processes_are_joined_however_they_were_started(t
     assert len(read_rows(tmp_path / "run")) == 1
 
 
-def test_resume_with_another_number_of_processes_is_refused(stopped):
+RESIZED = "--batch-size 16 --mixup 0.2 --drop 0.2 --kd-control shuffled --model-ema --model-ema-decay 0.9"
+
+
+def test_a_run_goes_on_with_one_process_and_with_two_again(tmp_path, tiny_teacher):
+    """Batches, augmentation, mixup, dropout and the control are those of the run that kept to its two processes."""
+    command = words(DIGITS, VIT, RESIZED, PHASE, "--evals-per-epoch 4 --teacher", tiny_teacher, "--output", tmp_path)
+    whole = start_script("train_cls", tmp_path / "whole.log", command, "--name whole", processes=2)
+    assert whole.wait() == [0, 0], whole.text
+    process = start_script("train_cls", tmp_path / "log", command, "--name run", processes=2)
+    assert process.wait_for((tmp_path / "run" / "checkpoints" / "update-00000002" / "state.json").exists), process.text
+    process.kill(signal.SIGTERM)
+    assert process.wait() == [75, 75], process.text
+    done = int(max(checkpoints(tmp_path / "run"))[7:])
+    assert done < 6, "the machine was too slow to stop it in time"
+    with signal_in_update(0, micro_batches=2), pytest.raises(Preempted):
+        call_script(train_cls.main, command, "--name run --resume auto")
+    assert max(checkpoints(tmp_path / "run")) == f"update-{done + 1:08d}"
+    process = start_script("train_cls", tmp_path / "log", command, "--name run --resume auto", processes=2)
+    assert process.wait() == [0, 0], process.text
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "the 1 of now make the same updates of 32 images, as 2 micro-batch(es) of 16 each" in log
+    assert "the 2 of now make the same updates of 32 images, as 1 micro-batch(es) of 16 each" in log
+    measured = {"train_loss", "task_loss", "kd_loss", "top1", "top5", "eval_loss", "switch_top1"}
+    for row, other in zip(timeless(tmp_path / "run"), timeless(tmp_path / "whole"), strict=True):
+        assert {k: row[k] for k in row.keys() - measured} == {k: other[k] for k in row.keys() - measured}
+        for column in ("train_loss", "task_loss", "kd_loss", "eval_loss"):
+            assert float(row[column] or 0) == pytest.approx(float(other[column] or 0), abs=1e-4), column
+    environment = read_summary(tmp_path / "run")["environment"]
+    assert (environment["processes"], environment["earlier_processes"]) == (2, [2, 1])
+
+
+def test_a_run_is_not_resumed_by_processes_that_cannot_share_its_updates(stopped):
     folder = stopped[0]
     before = snapshot(folder)
     options = words(RESNET, "--epochs 1 --recovery-interval 2 --resume auto --name stopped --output", folder.parent)
-    done = run_script("train_cls", DIGITS, options, processes=2)
+    done = run_script("train_cls", DIGITS, options, processes=3)
     assert done.returncode == 1  # the launcher's, whatever the script returned
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "1 processes" in line and "has 2" in line
+    assert "32 images cannot be shared out evenly among 3 processes; resume it with 2" in line
     assert snapshot(folder) == before
 
 

@@ -86,9 +86,19 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image():
 GROUPS = [0, 1, 0, 0, 2, 1, 0, 0, 1, 1, 0, 0, 1, 0, 2, 0, 1, 0, 0]
 
 
-def served(batch_size: int, *, rank: int = 0, world: int = 1, start: int = 0, count: int = 12) -> list:
-    """The first batches of one process, 4 an epoch."""
-    sampler = GroupedBatches(GROUPS, batch_size=batch_size, batches=4, seed=7, rank=rank, world=world)
+def served(
+    batch_size: int, *, rank: int = 0, world: int = 1, start: int = 0, count: int = 12, micro_batches: int = 1
+) -> list:
+    """The first batches of one process, 4 updates an epoch."""
+    sampler = GroupedBatches(
+        GROUPS,
+        batch_size=batch_size,
+        batches=4 * micro_batches,
+        micro_batches=micro_batches,
+        seed=7,
+        rank=rank,
+        world=world,
+    )
     sampler.start = start
     return [batch for batch, _ in zip(sampler, range(count), strict=False)]
 
@@ -105,6 +115,11 @@ def test_two_processes_share_the_batches_of_one():
     alone = served(4)
     pairs = zip(served(2, rank=0, world=2), served(2, rank=1, world=2), strict=True)
     assert [a + b for a, b in pairs] == alone
+
+
+def test_micro_batches_share_the_batches_of_one_update():
+    halves = served(2, count=24, micro_batches=2)
+    assert [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)] == served(4)
 
 
 def test_batches_can_start_anywhere_and_differ_between_epochs():
@@ -137,6 +152,7 @@ def test_loaders():
             Processes(),
             batch_size=2,
             batches_per_epoch=3,
+            micro_batches=1,
             start=start,
             seed=0,
             workers=0,

@@ -133,6 +133,11 @@ def test_noise_is_a_function_of_its_key_and_place():
     halves = [draw_noise(images[:2], fake_accelerator(rank, 2), steps=1000, key=(0, 7, 0)) for rank in range(2)]
     for k in range(2):  # noise, time steps; each half is cut from the same draw, hence equal bits
         assert torch.equal(whole[k], torch.cat([halves[0][k], halves[1][k]]))
+    micro = [
+        draw_noise(images[:2], fake_accelerator(), steps=1000, key=(0, 7, 0), micro=micro, micro_batches=2)
+        for micro in range(2)
+    ]
+    assert all(torch.equal(whole[k], torch.cat([micro[0][k], micro[1][k]])) for k in range(2))
     for key in ((1, 7, 0), (0, 8, 0), (0, 7, 1)):
         assert not torch.equal(draw_noise(images, fake_accelerator(), steps=1000, key=key)[0], whole[0])
     noise, t = draw_noise(torch.zeros(20_000, 1, 1, 1), fake_accelerator(), steps=10, key=(3,))

@@ -8,7 +8,14 @@ import torch
 from helpers import on_processes, refused
 
 from w2s.engine.errors import Finished, InputError
-from w2s.engine.launch import build_accelerator, decide_on_main, processes_here, refuse_together, wait_for_device
+from w2s.engine.launch import (
+    build_accelerator,
+    decide_on_main,
+    processes_here,
+    refuse_together,
+    share_batch,
+    wait_for_device,
+)
 
 
 def rank_seen(accelerator) -> int:
@@ -71,3 +78,30 @@ def ddp_options(accelerator) -> tuple[bool, bool]:
 
 def test_buffers_are_not_sent_around_and_gradients_not_copied():
     assert on_processes(2, ddp_options) == [(False, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "batch_size", "shared"),
+    [
+        (64, 2, 32, (32, 1)),
+        (64, 1, 32, (32, 2)),  # there is memory for 32
+        (64, 4, 32, (16, 1)),
+        (96, 2, 32, (24, 2)),
+        (36, 1, 16, (12, 3)),  # 9 micro-batches of 4 would fit, too
+        (60, 2, 4, (2, 15)),  # 3 would fit, and be odd
+        (7, 7, 1, (1, 1)),
+        (9, 3, 1, (1, 3)),
+    ],
+)
+def test_processes_share_an_update(images, processes, batch_size, shared):
+    assert share_batch(images, processes, batch_size) == shared
+    assert processes * shared[0] * shared[1] == images
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "batch_size", "instead"),
+    [(64, 3, 32, 2), (64, 64, 32, 32), (6, 2, 2, 1), (7, 3, 1, 1)],
+)
+def test_an_update_that_cannot_be_shared_is_refused(images, processes, batch_size, instead):
+    with refused(f"{images} images", f"{processes} processes", f"resume it with {instead}"):
+        share_batch(images, processes, batch_size)

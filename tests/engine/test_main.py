@@ -63,7 +63,7 @@ def test_other_errors_end_with_code_1_and_their_traceback(capsys):
 def test_what_ends_an_open_run_stands_in_its_summary(run_of, tmp_path, error, processes, status):
     def main() -> None:
         run = run_of()
-        run.launch["processes"] = processes
+        run.sizes = [processes]
         run.open(metric="top1", mode="max", targets=[50.0], reported=("top1",), facts={})
         run.record.add(epoch=1, update=4, top1=60.0)
         if status == "preempted":

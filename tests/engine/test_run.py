@@ -141,12 +141,12 @@ def test_a_run_that_keeps_nothing_looks_at_no_folder(run_of, tmp_path, option):
     assert run_of(**{option: True}).keeps is False
 
 
-def test_the_randomness_of_an_update_is_a_function_of_seed_and_update(run_of):
-    def draw(seed: int, update: int) -> tuple:
+def test_the_randomness_of_an_update_is_a_function_of_seed_update_and_micro_batch(run_of):
+    def draw(seed: int, update: int, micro: int = 0) -> tuple:
         run = run_of(seed=seed)
-        run.seed_update(update)
+        run.seed_micro_batch(update, micro)
         return random.random(), np.random.rand(), torch.rand(1).item()
 
     assert draw(0, 5) == draw(0, 5)
-    for other in (draw(0, 6), draw(1, 5)):
+    for other in (draw(0, 6), draw(1, 5), draw(0, 5, 1)):
         assert all(a != b for a, b in zip(draw(0, 5), other, strict=True))

@@ -111,26 +111,35 @@ def detection_transform(
 
 
 class GroupedBatches(EpochBatches):
-    """Epochs whose global batches hold images of one group (an aspect ratio) each, except those left at the end.
+    """Epochs whose updates hold images of one group (an aspect ratio) each, except those left at the end.
 
     Args:
         groups: the group of each image.
+        micro_batches: of an update.
         batch_size, batches, seed, rank, world: see `EpochBatches`.
     """
 
     def __init__(
-        self, groups: list[int], *, batch_size: int, batches: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        groups: list[int],
+        *,
+        batch_size: int,
+        batches: int,
+        seed: int,
+        micro_batches: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         super().__init__(len(groups), batch_size=batch_size, batches=batches, seed=seed, rank=rank, world=world)
-        self.groups = groups
+        self.groups, self.per_update = groups, batch_size * micro_batches * world
 
     def order(self, epoch: int) -> list[int]:
-        """A permutation, reordered so that global batches cut from it fill up group by group."""
+        """A permutation, reordered so that updates cut from it fill up group by group."""
         full, waiting = [], {}
         for position in super().order(epoch):
             queue = waiting.setdefault(self.groups[position], [])
             queue.append(position)
-            if len(queue) == self.batch_size * self.world:
+            if len(queue) == self.per_update:
                 full += waiting.pop(self.groups[position])
         return full + [position for queue in waiting.values() for position in queue]
 
@@ -168,6 +177,7 @@ def train_batches(
     *,
     batch_size: int,
     batches_per_epoch: int,
+    micro_batches: int,
     start: int,
     seed: int,
     workers: int,
@@ -180,6 +190,7 @@ def train_batches(
         accelerator: says which process this is, and its device.
         batch_size: images of a micro-batch of this process.
         batches_per_epoch: micro-batches of an epoch.
+        micro_batches: of an update.
         start: the micro-batch of the run to begin with.
         seed: of the order.
         workers: loader processes.
@@ -193,6 +204,7 @@ def train_batches(
         groups,
         batch_size=batch_size,
         batches=batches_per_epoch,
+        micro_batches=micro_batches,
         seed=seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,

@@ -54,22 +54,31 @@ def noise_schedule(betas: str = "linear", steps: int = 1000, prediction: str = "
     )
 
 
-def draw_noise(images: Tensor, accelerator: Accelerator, *, steps: int, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def draw_noise(
+    images: Tensor,
+    accelerator: Accelerator,
+    *,
+    steps: int,
+    key: tuple[int, ...],
+    micro: int = 0,
+    micro_batches: int = 1,
+) -> tuple[Tensor, Tensor]:
     """Noise (B, C, H, W) and time steps (B,) for a batch of images.
 
-    Both are a slice of a draw for the whole global batch, so that two processes with batches of B get what a single one
-    with a batch of 2B would.
+    Both are a slice of a draw for all images of the update, so that two processes with batches of B get what a single
+    one gets with a batch of 2B, or with two micro-batches of B.
 
     Args:
         images: the batch (B, C, H, W) of this process, used for its shape and device only.
         accelerator: gives the processes.
         steps: length of the diffusion process.
-        key: seeds the draw: (seed, update, micro-batch).
+        key: seeds the draw.
+        micro, micro_batches: which micro-batch of the update this is, and how many there are.
     """
-    rank, world = accelerator.process_index, accelerator.num_processes
+    place = micro * accelerator.num_processes + accelerator.process_index
     generator = torch.Generator(images.device).manual_seed(mix_seed(*key))
-    global_shape = (world * len(images), *images.shape[1:])
-    rows = slice(rank * len(images), (rank + 1) * len(images))
+    global_shape = (micro_batches * accelerator.num_processes * len(images), *images.shape[1:])
+    rows = slice(place * len(images), (place + 1) * len(images))
     noise = torch.randn(global_shape, generator=generator, device=images.device)
     t = torch.randint(steps, global_shape[:1], generator=generator, device=images.device)
     return noise[rows], t[rows]

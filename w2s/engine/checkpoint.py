@@ -29,7 +29,7 @@ READ_PATIENCE = 10.0  # seconds that a process waits for a checkpoint to appear 
 
 
 def locate(
-    folder: Path, *, options: dict, resume: str | None, launch: dict, log: Callable[[str], None]
+    folder: Path, *, options: dict, resume: str | None, precision: str, log: Callable[[str], None]
 ) -> tuple[Path | None, dict | None, dict]:
     """The checkpoint that a run in `folder` continues from, if any.
 
@@ -37,7 +37,7 @@ def locate(
         folder: the run folder, perhaps not there yet.
         options: the resolved options as `plain` gives them.
         resume: None, "auto" or the path of a checkpoint.
-        launch: processes and precision of this launch, which must be those of the checkpoint.
+        precision: of this launch, which must be that of the checkpoint.
         log: told about damaged checkpoints.
 
     Returns:
@@ -70,9 +70,9 @@ def locate(
         if _read_json(folder / "summary.json").get("status") == "finished":
             raise Finished(f"{folder} is already finished")
         checkpoint, state = newest_state(folder / "checkpoints", log)
-    for name, value in launch.items() if state else ():
-        if state[name] != value:
-            raise InputError(f"{checkpoint} was written with {state[name]} {name}, this launch has {value}: keep to it")
+    if state and state["mixed_precision"] != precision:
+        before = state["mixed_precision"]
+        raise InputError(f"{checkpoint} was written with --mixed_precision {before}, this launch has {precision}")
     check_writable(folder)
     return checkpoint, state, options
 

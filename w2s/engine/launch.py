@@ -69,8 +69,12 @@ def wait_for_device(device: torch.device) -> Callable[[], None]:
     return (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
 
 
-def environment(accelerator: accelerate.Accelerator) -> dict:
-    """Versions, hardware and precision, for summary.json."""
+def environment(accelerator: accelerate.Accelerator, earlier: list[int]) -> dict:
+    """Versions, hardware and precision, for summary.json.
+
+    Args:
+        earlier: the other numbers of processes that the run has had before it was resumed.
+    """
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
     try:
@@ -89,6 +93,7 @@ def environment(accelerator: accelerate.Accelerator) -> dict:
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "device": name,
         "processes": accelerator.num_processes,
+        "earlier_processes": earlier,
         "mixed_precision": accelerator.mixed_precision,
         "git": git,
     }
@@ -126,6 +131,28 @@ def refuse_together(problem: str | None) -> None:
     """
     if problems := [found for found in gather_object([problem]) if found]:
         raise InputError(problems[0])
+
+
+def share_batch(images: int, processes: int, batch_size: int) -> tuple[int, int]:
+    """How so many processes share out an update of `images`: images of a micro-batch of one process, and micro-batches.
+
+    A micro-batch has at most `batch_size` images, for which there is memory, and as many as possible. It has an even
+    number of them where `batch_size` is even, as mixup pairs them.
+
+    Raises:
+        InputError: they cannot share it out evenly.
+    """
+    whole = 1 if batch_size % 2 else 2
+    if images % (processes * whole):
+        most = [count for count in range(1, images // whole + 1) if images % (count * whole) == 0]
+        nearest = min(most, key=lambda count: (abs(count - processes), count))
+        raise InputError(
+            f"the run's updates of {images} images cannot be shared out evenly among {processes} processes; "
+            f"resume it with {nearest}"
+        )
+    units = images // (processes * whole)
+    steps = next(steps for steps in range(1, units + 1) if units % steps == 0 and units // steps * whole <= batch_size)
+    return units // steps * whole, steps
 
 
 def processes_here() -> tuple[int, int]:

@@ -103,7 +103,7 @@ def _mark_failed(error: BaseException) -> None:
     run, Run.opened = Run.opened, None
     if run is None or not run.keeps:
         return
-    if isinstance(error, InputError) or (isinstance(error, Exception) and run.launch["processes"] == 1):
+    if isinstance(error, InputError) or (isinstance(error, Exception) and run.sizes[-1] == 1):
         path = run.folder / "summary.json"  # not through the record: this may not be the process that writes it
         with contextlib.suppress(OSError, ValueError):
             summary = json.loads(path.read_text()) | {"status": "failed"}

@@ -19,7 +19,7 @@ from w2s.crossing import Clock
 from w2s.engine.checkpoint import check_readable, load_checkpoint, locate, plain, rewrite_state, save_checkpoint
 from w2s.engine.errors import InputError, NonFiniteLoss, Preempted
 from w2s.engine.files import LOCK, lock_folder
-from w2s.engine.launch import build_accelerator, decide_on_main, environment, wait_for_device
+from w2s.engine.launch import build_accelerator, decide_on_main, environment, share_batch, wait_for_device
 from w2s.engine.randomness import mix_seed
 from w2s.engine.sharing import check_hub, push_at_the_end
 from w2s.engine.stopping import Stopping
@@ -73,14 +73,12 @@ class Run:
         self.record: RunRecord | None = None
         self._log_file, self._early_lines, self._lock = None, [], None
         self._saved: int | None = None  # the update of the checkpoint that was written last
-        self.launch = {
-            "processes": self.accelerator.num_processes,
-            "mixed_precision": self.accelerator.mixed_precision,
-        }
+        self.sizes = [self.accelerator.num_processes]  # the numbers of processes that the run has had
         if self.keeps:
             self.checkpoint, self.state, self.options = decide_on_main(lambda: self._locate(args.resume))
             if self.checkpoint:
                 check_readable(self.checkpoint, self.state)
+                self._resize(args)
             if args.push_to_hub:
                 decide_on_main(lambda: check_hub(args.push_to_hub, option="--push-to-hub"))
 
@@ -88,7 +86,21 @@ class Run:
         """`locate` for this run, whose folder is locked if it is there already."""
         if (self.folder / LOCK).exists():
             self._lock = lock_folder(self.folder, self.log)
-        return locate(self.folder, options=self.options, resume=resume, launch=self.launch, log=self.log)
+        precision = self.accelerator.mixed_precision
+        return locate(self.folder, options=self.options, resume=resume, precision=precision, log=self.log)
+
+    def _resize(self, args) -> None:
+        """Have an update hold the images that it held before, if the run goes on with another number of processes."""
+        self.sizes = self.state["sizes"]
+        before, now = self.sizes[-1], self.accelerator.num_processes
+        if args.batch_size * args.grad_accum_steps * now != (batch := self.state["batch"]):
+            args.batch_size, args.grad_accum_steps = share_batch(batch, processes=now, batch_size=args.batch_size)
+        if now != before:
+            self.sizes = [*self.sizes, now]
+            self.log(
+                f"{before} process(es) have written {self.checkpoint}: the {now} of now make the same updates of "
+                f"{batch} images, as {args.grad_accum_steps} micro-batch(es) of {args.batch_size} each"
+            )
 
     def open(self, *, metric: str, mode: str, targets: list[float], reported: tuple[str, ...], facts: dict) -> None:
         """Create the folder, write args.yaml, and start the log, the trackers, the signal handlers and the record.
@@ -128,7 +140,7 @@ class Run:
             "status": "running",
             "seed": self.seed,
             "kd_control": self.options["kd_control"],
-            "environment": environment(accelerator),
+            "environment": environment(accelerator, earlier=self.sizes[:-1]),
             **facts,
         }
         self.record = RunRecord(
@@ -184,9 +196,14 @@ class Run:
         """Seed all generators alike on all processes, before a model is built."""
         accelerate.utils.set_seed(self.seed)
 
-    def seed_update(self, update: int) -> None:
-        """Make the randomness of an update (dropout, mixup, noise) a function of (seed, update, process) alone."""
-        seed = mix_seed(self.seed, update, self.accelerator.process_index)
+    def seed_micro_batch(self, update: int, micro: int = 0) -> None:
+        """Make the randomness of a micro-batch (dropout, mixup) a function of (seed, update, place) alone.
+
+        The place is that of its images in the update: the second of two processes draws what the second micro-batch of
+        a single one does.
+        """
+        place = micro * self.accelerator.num_processes + self.accelerator.process_index
+        seed = mix_seed(self.seed, update, place)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -249,7 +266,8 @@ class Run:
                 "rows": self.record.rows,
                 "tracker_id": self.tracker_id,
                 "args": self.options,
-                **self.launch,
+                "sizes": self.sizes,
+                "mixed_precision": self.accelerator.mixed_precision,
             }
             if update == self._saved:
                 rewrite_state(self.folder / "checkpoints", update=update, state=state, accelerator=self.accelerator)

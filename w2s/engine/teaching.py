@@ -80,13 +80,13 @@ def early_phase(args, length: float, mode: str, running: str | None = None) -> E
         raise InputError(f"distillation schedule: {error}") from None
 
 
-def build_control(args, process: int) -> Control | None:
-    """The control that `--kd-control` asks of this process, None without it."""
+def build_control(args, process: int, processes: int = 1) -> Control | None:
+    """The control that `--kd-control` asks of this one of the processes, None without it."""
     if not args.kd_control:
         return None
 
     def seed_of(update: int, micro: int) -> int:
-        return mix_seed(args.seed, update, process, micro)
+        return mix_seed(args.seed, update, micro * processes + process)
 
     return Control(kind=args.kd_control, seed_of=seed_of)
 
@@ -123,7 +123,7 @@ def start_distillation(
     mean = partial(run.accelerator.reduce, reduction="mean")
     kd = Distillation(
         phase,
-        control=build_control(args, process=run.accelerator.process_index),
+        control=build_control(args, process=run.accelerator.process_index, processes=run.accelerator.num_processes),
         unit=plan.unit,
         updates_per_epoch=plan.updates_per_epoch,
         balance=GradientBalance(mean) if args.kd_balance else None,

@@ -2,12 +2,14 @@
 
 A script's loop reads:
 
-    for _ in job.updates(stop):       # seeds, learning rate, lambda(u), the end of the window
-        ...forward, task loss, distillation term, backward...
-        job.step(losses)              # clipping, optimiser, EMA, counters, the decision to stop
-    with job.saved() as evaluate:     # a checkpoint, and the way out if a signal asked for it
+    for _ in job.updates(stop):           # learning rate, lambda(u), the end of the window
+        for _ in job.micro_batches():     # seeds
+            with job.accumulating():      # gradients are synchronised in the last one only
+                ...forward, task loss, distillation term, backward...
+        job.step(losses)                  # clipping, optimiser, EMA, counters, the decision to stop
+    with job.saved() as evaluate:         # a checkpoint, and the way out if a signal asked for it
         if evaluate:
-            job.evaluated(metrics)    # metrics.csv, first@tau, the best model
+            job.evaluated(metrics)        # metrics.csv, first@tau, the best model
 """
 
 import contextlib
@@ -36,7 +38,8 @@ class Job:
     """A student in training, with or without a teacher.
 
     Args:
-        args: resolved options; this reads --clip-grad, --clip-mode, --log-interval and --recovery-interval.
+        args: resolved options; this reads --clip-grad, --clip-mode, --log-interval, --recovery-interval and
+            --grad-accum-steps.
         run: the run that this job belongs to.
         plan: its updates.
         distillation: the method.
@@ -71,6 +74,7 @@ class Job:
         self.flops, self.export, self.terms = flops, export, terms
         self.clip_grad, self.clip_mode = args.clip_grad, args.clip_mode
         self.recovery_interval = args.recovery_interval
+        self.accum, self._micro = args.grad_accum_steps, 0  # micro-batches of an update, and the one under way
         self.update = self.started_from = 0  # updates done, and done before this process
         self.stopped = False  # a signal ended the loop
         self.skipped = 0  # updates that a gradient scaler skipped, because a gradient had overflowed
@@ -118,7 +122,6 @@ class Job:
         """Prepare each update until `stop` of them are done, or a signal asks to stop after a whole one."""
         self.model.train()
         while self.update < stop and not self.stopped:
-            self.run.seed_update(self.update)
             self.scheduler.step_update(self.update)
             self.distillation.advance(self.update)
             self._note_silence()
@@ -131,8 +134,16 @@ class Job:
             self._note_silence()
             self.stopped = self.run.should_stop(self.update, now=self.update == stop)
 
-    def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
+    def micro_batches(self) -> Iterator[int]:
+        """Prepare each micro-batch of an update: its number."""
+        for micro in range(self.accum):
+            self._micro = micro
+            self.run.seed_micro_batch(self.update, micro)
+            yield micro
+
+    def accumulating(self) -> contextlib.AbstractContextManager:
         """Synchronise gradients only in the last micro-batch of an update."""
+        last = self._micro == self.accum - 1
         return contextlib.nullcontext() if last else self.run.accelerator.no_sync(self.model)
 
     def step(self, losses: Tensor) -> None:
@@ -268,7 +279,7 @@ class Job:
 
     def _save(self) -> None:
         self._take_teacher_seconds()
-        sums = {"flops": self.flops, "meter": self.meter.state(), "skipped": self.skipped}
+        sums = {"flops": self.flops, "meter": self.meter.state(), "skipped": self.skipped, "batch": self.plan.batch}
         state = {**sums, "evaluation_due": self.evaluation_due, **self.distillation.state_dict()}
         self.run.save(self.update, ema=self.ema and self.ema.module, **state)
 
@@ -283,18 +294,8 @@ class Job:
         run.finish("finished")
 
     def describe(self, model: str, optimizer: str, data: dict, targets: list[float], metric: str) -> None:
-        """Log the first lines: what will happen. `data` holds the sizes of the splits by name."""
-        for line in first_lines(
-            self.run,
-            self.plan,
-            self.distillation,
-            student=self.student,
-            model=model,
-            optimizer=optimizer,
-            data=data,
-            averaged=self.ema is not None,
-            metric=metric,
-            targets=targets,
-            flops=self.flops,
-        ):
+        """Log the first lines: what will happen, see `first_lines`."""
+        given = {"model": model, "optimizer": optimizer, "data": data, "targets": targets, "metric": metric}
+        own = {"student": self.student, "averaged": self.ema is not None, "flops": self.flops}
+        for line in first_lines(self.run, self.plan, self.distillation, **own, **given):
             self.run.log(line)

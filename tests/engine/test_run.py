@@ -44,7 +44,7 @@ def test_bf16_is_the_default_of_gpus_that_have_it_but_a_launcher_decides(
 
 
 def test_the_environment_names_versions_device_and_commit(accelerator):
-    found = environment(accelerator)
+    found = environment(accelerator, earlier=[])
     assert json.loads(json.dumps(found)) == found
     assert (found["torch"], found["accelerate"]) == (torch.__version__, accelerate.__version__)
     assert {"cuda", "cudnn", "tf32"} <= set(found)
@@ -54,7 +54,7 @@ def test_the_environment_names_versions_device_and_commit(accelerator):
 
 def test_the_environment_is_told_where_git_is_not_installed(accelerator, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment(accelerator)["git"] is None
+    assert environment(accelerator, earlier=[])["git"] is None
 
 
 def test_options_are_written_as_yaml_and_json_know_them():

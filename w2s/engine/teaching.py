@@ -86,7 +86,7 @@ def build_control(args, process: int, processes: int = 1) -> Control | None:
         return None
 
     def seed_of(update: int, micro: int) -> int:
-        return mix_seed(args.seed, update, micro * processes + process)
+        return mix_seed(args.seed, update, 0, micro * processes + process)
 
     return Control(kind=args.kd_control, seed_of=seed_of)
 

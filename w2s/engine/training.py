@@ -38,8 +38,7 @@ class Job:
     """A student in training, with or without a teacher.
 
     Args:
-        args: resolved options; this reads --clip-grad, --clip-mode, --log-interval, --recovery-interval and
-            --grad-accum-steps.
+        args: resolved options; this reads --clip-*, --log-interval, --recovery-interval and --grad-accum-steps.
         run: the run that this job belongs to.
         plan: its updates.
         distillation: the method.
@@ -72,16 +71,14 @@ class Job:
         self.student, self.model, self.ema = student, model, ema
         self.optimizer, self.scheduler = optimizer, scheduler
         self.flops, self.export, self.terms = flops, export, terms
-        self.clip_grad, self.clip_mode = args.clip_grad, args.clip_mode
-        self.recovery_interval = args.recovery_interval
+        self.clip_grad, self.clip_mode, self.recovery_interval = args.clip_grad, args.clip_mode, args.recovery_interval
         self.accum, self._micro = args.grad_accum_steps, 0  # micro-batches of an update, and the one under way
         self.update = self.started_from = 0  # updates done, and done before this process
-        self.stopped = False  # a signal ended the loop
+        self.stopped = self._silence_noted = False  # a signal ended the loop; the end of the teacher is recorded
         self.skipped = 0  # updates that a gradient scaler skipped, because a gradient had overflowed
         self.meter = LossMeter(run.accelerator, terms)
         self._evaluate_at: int | None = None  # the update of the next evaluation
         self.progress = Progress(run, plan, distillation, interval=args.log_interval)
-        self._silence_noted = False
         self._clipped = list(model_parameters(student, exclude_head="agc" in self.clip_mode))
 
     @property

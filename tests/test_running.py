@@ -98,6 +98,26 @@ def test_an_overflow_changes_nothing():
     assert float(balance.ratio) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("overflow", [math.inf, math.nan])
+def test_an_overflow_in_the_first_update_is_forgotten(overflow):
+    """A gradient scaler skips that update, and the run goes on."""
+    weight = torch.ones(1, requires_grad=True)
+    balance, later = GradientBalance(), GradientBalance()
+    balance.measure(weight.sum(), overflow * weight.sum(), [weight])
+    balance.end_update()
+    balance.measure(weight.sum(), 2 * weight.sum(), [weight])
+    assert float(balance.ratio) == float(balance.scale(3.0)) == 1.0
+    balance.end_update()
+    assert float(balance.ratio) == pytest.approx(0.5) and float(balance.scale(3.0)) == pytest.approx(1 / 4)
+    later.load_state_dict(json.loads(json.dumps(balance.state_dict())))
+    for one in (balance, later):
+        one.measure(weight.sum(), 0.5 * weight.sum(), [weight])
+        for _ in range(200):
+            one.end_update()
+            one.measure(weight.sum(), 0.5 * weight.sum(), [weight])
+        assert float(one.ratio) == pytest.approx(0.5)  # not above the first one
+
+
 def test_an_update_without_a_teacher_changes_nothing():
     balance = GradientBalance()
     balance.end_update()

@@ -65,20 +65,27 @@ class GradientBalance:
         if self._sums is None:
             return
         sums, self._sums = self.reduce(self._sums), None
-        means = self.DECAY * self.means + (1 - self.DECAY) * sums
+        measured = self._measured
+        means = torch.where(measured, self.DECAY * self.means + (1 - self.DECAY) * sums, sums)
         self.means = torch.where(means.isfinite().all(), means, self.means)
+        self.first = torch.where(measured, self.first, _ratio(self.means))
+
+    @property
+    def _measured(self) -> Tensor:
+        """Whether anything but overflows was measured yet, a bool scalar on the device."""
+        return self.means.isfinite().all()
 
     @property
     def ratio(self) -> Tensor:
-        """r, a float32 scalar on the device."""
-        return _ratio(self.means).clamp(max=self.first)
+        """r, a float32 scalar on the device; 1 as long as all that was measured has overflowed."""
+        return torch.where(self._measured, _ratio(self.means).clamp(max=self.first), 1.0)
 
     def scale(self, weight: float) -> Tensor:
-        """s for lambda = `weight`, a float32 scalar on the device."""
+        """s for lambda = `weight`, a float32 scalar on the device; 1 as long as all that was measured has overflowed."""
         task, kd, both = self.means
         factor = weight * self.ratio
         whole = task + 2 * factor * both.clamp_min(0) + factor**2 * kd
-        return ((task + TINY) / (whole + TINY)).sqrt()
+        return torch.where(self._measured, ((task + TINY) / (whole + TINY)).sqrt(), 1.0)
 
     def state_dict(self) -> dict | None:
         """What a checkpoint keeps; None before the first update."""

@@ -246,6 +246,17 @@ def test_two_processes_find_the_centres_of_one():
     )
 
 
+def batches_for_centres(accelerator: Accelerator) -> int:
+    teacher = image_teacher(model_of())
+    teacher.give_features()
+    class_centres(teacher, labelled(50), most=50, num_classes=3)
+    return teacher.calls
+
+
+def test_two_processes_need_half_the_batches_for_the_centres():
+    assert on_processes(2, batches_for_centres) == [5, 5]
+
+
 def test_the_target_of_taid_moves_to_the_teacher():
     state, student, teacher = TermState(length=4), torch.zeros(2, 3), torch.ones(2, 3)
     seen = []
@@ -257,3 +268,25 @@ def test_the_target_of_taid_moves_to_the_teacher():
     again = TermState(length=4)
     again.load_state_dict(state.state_dict())
     assert again.t == state.t and again.previous == 1 and math.isfinite(again.momentum)
+
+
+@pytest.mark.parametrize("overflow", [math.inf, math.nan])
+def test_the_target_of_taid_forgets_a_loss_that_overflowed(overflow):
+    """A gradient scaler skips that update, and the run goes on."""
+    state = TermState(length=10)
+    for loss in (2.0, overflow, 1.0, 1.0):
+        state.follow(torch.tensor(loss))
+    assert state.t == pytest.approx(0.58) and state.previous == 1 and math.isfinite(state.momentum)
+
+
+def test_the_target_of_taid_moves_by_updates_however_many_micro_batches_they_have():
+    """So that it goes on in the same place with another number of processes."""
+    whole, parts = TermState(length=4), TermState(length=4, micro_batches=2)
+    for _ in range(3):
+        whole.follow(torch.tensor(1.0))
+        parts.follow(torch.tensor(1.0))
+        parts.follow(torch.tensor(1.0))
+    assert whole.updates == parts.updates == 3
+    whole.load_state_dict(parts.state_dict())
+    whole.follow(torch.tensor(1.0))
+    assert whole.t == pytest.approx(0.4 + 0.6 * 3 / 4)

@@ -101,15 +101,18 @@ class TermState(nn.Module):
 
     Args:
         centres: the shape (classes, D) of the centres of the teacher's features, for `nd`.
-        length: micro-batches until the target of TAID has moved all the way; None for a target that is the teacher.
+        length: updates until the target of TAID has moved all the way; None for a target that is the teacher.
+        micro_batches: of an update, each of which calls `follow`.
     """
 
-    def __init__(self, centres: tuple[int, int] | None = None, length: float | None = None) -> None:
+    def __init__(
+        self, centres: tuple[int, int] | None = None, length: float | None = None, micro_batches: int = 1
+    ) -> None:
         super().__init__()
-        self.length = length
+        self.length, self.micro_batches = length, micro_batches
         self.register_buffer("centres", None if centres is None else torch.zeros(centres))
         if length is not None:
-            for name, value in (("t", TAID_START), ("momentum", 0.0), ("previous", torch.inf), ("calls", 0.0)):
+            for name, value in (("t", TAID_START), ("momentum", 0.0), ("previous", torch.inf), ("updates", 0.0)):
                 self.register_buffer(name, torch.tensor(value))
 
     def target(self, logits: Tensor, taught: Tensor) -> Tensor:
@@ -117,17 +120,17 @@ class TermState(nn.Module):
         return taught if self.length is None else interpolated_logits(logits, taught, self.t)
 
     def follow(self, loss: Tensor) -> None:
-        """Move the target on after a batch with this loss, alike on all processes."""
+        """Move the target on after a batch with this loss, alike on all processes. One that overflowed does not."""
         if self.length is None:
             return
         loss = reduce(loss, "mean")
-        linear = TAID_START + (TAID_END - TAID_START) * (self.calls / self.length).clamp_max(1)
+        linear = TAID_START + (TAID_END - TAID_START) * (self.updates / self.length).clamp_max(1)
         moved = moved_target(
             *(self.t, self.momentum, self.previous, loss, linear), step=TAID_STEP, beta=TAID_BETA, end=TAID_END
         )
         for buffer, value in zip((self.t, self.momentum, self.previous), (*moved, loss), strict=True):
-            buffer.copy_(value)
-        self.calls += 1
+            buffer.copy_(torch.where(loss.isfinite(), value, buffer))
+        self.updates += 1 / self.micro_batches
 
 
 def check_term(args, student: nn.Module, image_shape: tuple[int, int, int]) -> None:
@@ -184,8 +187,8 @@ def build_term(
             heads = {stage: LogitHead(shape, pooled, data.num_classes) for stage, shape in shapes.items()}
     length = None
     if args.kd_target == "taid":
-        length = min(kd.phase.window * plan.updates_per_epoch, plan.total) * args.grad_accum_steps
-    state = TermState((data.num_classes, width) if args.kd_term == "nd" else None, length)
+        length = min(kd.phase.window * plan.updates_per_epoch, plan.total)
+    state = TermState((data.num_classes, width) if args.kd_term == "nd" else None, length, args.grad_accum_steps)
     model = StudentBranches(
         student, wanted=lambda: kd.weight > 0, pooled=width > 0, projection=projection, heads=heads, state=state
     ).to(run.device)
@@ -242,7 +245,7 @@ def class_centres(
         teacher(images)
         features = teacher.features.to(accumulation_dtype(images.device))
         one_hot = nn.functional.one_hot(labels, num_classes).to(features)
-        batch_sums, batch_counts = reduce(one_hot.T @ features), reduce(one_hot.sum(0))
+        batch_sums, batch_counts = (reduce(part, "sum") for part in (one_hot.T @ features, one_hot.sum(0)))
         sums, counts = (batch_sums, batch_counts) if sums is None else (sums + batch_sums, counts + batch_counts)
         if counts.min() >= CENTRE_IMAGES:
             break

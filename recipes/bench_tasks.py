@@ -25,7 +25,7 @@ from w2s.engine.errors import InputError
 from w2s.engine.optim import build_optimizer, scaled_lr
 from w2s.engine.plan import Plan, plan_updates
 from w2s.engine.run import Run
-from w2s.engine.teaching import early_phase
+from w2s.engine.teaching import build_measures, early_phase
 from w2s.engine.training import Job
 from w2s.images import loading as image_loading
 from w2s.images.augmentation import build_criterion, build_mixup
@@ -72,7 +72,8 @@ class Task(ABC):
         self.run.seed_all()
         student = self.build_student().to(self.run.device)
         phase = early_phase(self.args, length=self.length, mode=self.mode) if taught else None
-        kd = Distillation(phase, unit=self.plan.unit, updates_per_epoch=self.plan.updates_per_epoch)
+        measures = build_measures(self.args, self.run) if taught else {}
+        kd = Distillation(phase, unit=self.plan.unit, updates_per_epoch=self.plan.updates_per_epoch, **measures)
         if taught:
             kd.teacher = self.build_teacher(student)
         optimizer, scheduler = self.build_optimizer(student)

@@ -66,8 +66,6 @@ class Choice(Classification):
         self.run = Run(args, task=self.name)
         args.dry_run = False
         self.data = load_data(args, self.data_config, self.run.accelerator, cache=args.cache)
-        if self.data.switch is None:
-            raise InputError("--switch-split 0 leaves no images to compare the candidates on; give a share above 0")
         self.cache = self.data.cache
         self.plan = plan_updates(args, self.run, self.data.samples, epochs=args.epochs)
         self.criterion = build_criterion(args)
@@ -290,6 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     choice = Choice(args)
     if choice.run.accelerator.num_processes > 1:
         raise InputError("the candidates are measured by one process: start this without accelerate launch")
+    if choice.data.switch is None:
+        raise InputError("--switch-split 0 leaves no images to compare the candidates on; give a share above 0")
     bench = Bench(choice)
     for teacher in teachers.values():
         args.teacher = teacher

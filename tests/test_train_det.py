@@ -475,7 +475,11 @@ def test_a_file_of_classes_lets_it_teach_those_that_are_shared(digits_det, teach
     options = other_classes(digits_det, teacher, tmp_path)
     others = [name for name in load_detector(str(teacher))[0].config.classes if name != "1"]
     (tmp_path / "map.json").write_text(json.dumps({name: name for name in others}))
-    call_script(train_det.main, *options, "--name run --teacher-classes", tmp_path / "map.json")
+    options += ["--teacher-classes", tmp_path / "map.json", "--name"]
+    with refused("--kd-off running compares losses", "classes that the teacher does not know"):
+        call_script(train_det.main, *options, "run --kd-off running")
+    assert not (tmp_path / "out" / "run").exists()
+    call_script(train_det.main, *options, "run")
     folder = tmp_path / "out" / "run"
     assert f"knows {len(others)} of the {len(others) + 1} classes" in (folder / "log.txt").read_text()
     losses = [float(row[column]) for row in read_rows(folder) for column in ("kd_cls", "kd_box") if row[column]]

@@ -81,7 +81,7 @@ class GradientBalance:
         return torch.where(self._measured, _ratio(self.means).clamp(max=self.first), 1.0)
 
     def scale(self, weight: float) -> Tensor:
-        """s for lambda = `weight`, a float32 scalar on the device; 1 as long as all that was measured has overflowed."""
+        """s for lambda = `weight`, a float32 scalar on the device; 1 where `ratio` is 1 for want of a measurement."""
         task, kd, both = self.means
         factor = weight * self.ratio
         whole = task + 2 * factor * both.clamp_min(0) + factor**2 * kd

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from choose_teacher import calibration_error, correlations, diswot, main, recommend
+from choose_teacher import Choice, calibration_error, correlations, diswot, main, parse_options, recommend
 from helpers import DIGITS, RESNET, TEACHER, call_script, words
 
 import train_cls
@@ -76,6 +76,14 @@ def test_a_choice_between_two_teachers(tmp_path, tiny_teacher, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_probe_follows_the_recipes_balance(tmp_path, tiny_teacher):
+    """--kd-balance gives lambda another meaning."""
+    command = words(DIGITS, RESNET, "--kd-balance --name choice --output", tmp_path, "--teacher", tiny_teacher)
+    args, _ = parse_options([*command, "--teacher", "./other"])
+    job = Choice(args).job(taught=True)
+    assert job.distillation.gradients and not job.distillation.running
+
+
 def test_what_does_not_fit_is_refused(tmp_path, tiny_teacher):
     command = words(DIGITS, RESNET, "--output", tmp_path / "out", "--teacher", tiny_teacher)
     with pytest.raises(InputError, match="1 candidates: give --teacher at least twice"):
@@ -84,4 +92,6 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_teacher):
         call_script(main, command, "--teacher", tmp_path / "nowhere")
     with pytest.raises(InputError, match="--measured gives 3 speedups for 2 candidates"):
         call_script(main, command, "--teacher ./a --measured 1 2 3")
+    with pytest.raises(InputError, match="--switch-split 0 leaves no images to compare the candidates on"):
+        call_script(main, command, "--teacher ./a --switch-split 0")
     assert not (tmp_path / "out").exists()

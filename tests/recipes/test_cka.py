@@ -72,8 +72,8 @@ def pair(tmp_path_factory, tiny_teacher):
     folder = tmp_path_factory.mktemp("pair")
     command = words(DIGITS, RESNET, "--checkpoint-hist 9 --output", folder, "--name")
     call_script(train_cls.main, command, "alone")
-    call_script(train_cls.main, command, "taught --kd-term nd --kd-warmup 0 --kd-hold 2 --kd-decay 0", "--teacher",
-                tiny_teacher)  # fmt: skip
+    call_script(train_cls.main, command, "taught --kd-term nd --kd-warmup 0 --kd-hold 2 --kd-decay 0",
+                "--kd-off running --switch-split 0 --teacher", tiny_teacher)  # fmt: skip
     return folder
 
 

@@ -91,6 +91,15 @@ def build_control(args, process: int, processes: int = 1) -> Control | None:
     return Control(kind=args.kd_control, seed_of=seed_of)
 
 
+def build_measures(args, run: Run) -> dict:
+    """What `--kd-balance` and `--kd-off running` measure in training, as arguments of `Distillation`."""
+    mean = partial(run.accelerator.reduce, reduction="mean")
+    return {
+        "balance": GradientBalance(mean) if args.kd_balance else None,
+        "running": RunningScores(mean) if args.kd_off == "running" else None,
+    }
+
+
 def start_distillation(
     args,
     run: Run,
@@ -118,16 +127,15 @@ def start_distillation(
             a split that is too small to decide anything.
 
     Raises:
-        InputError: no switch split, a teacher that does not fit, or one whose score is not finite.
+        InputError: no switch split, a teacher that does not fit, one whose score is not finite, or one without a loss
+            to compare with --kd-off running.
     """
-    mean = partial(run.accelerator.reduce, reduction="mean")
     kd = Distillation(
         phase,
         control=build_control(args, process=run.accelerator.process_index, processes=run.accelerator.num_processes),
         unit=plan.unit,
         updates_per_epoch=plan.updates_per_epoch,
-        balance=GradientBalance(mean) if args.kd_balance else None,
-        running=RunningScores(mean) if args.kd_off == "running" else None,
+        **build_measures(args, run),
     )
     if run.state:
         kd.load_state_dict(run.state)
@@ -136,6 +144,7 @@ def start_distillation(
     if not kd.active:
         return kd
     kd.teacher = load()
+    _refuse_unknown_classes(kd)
     if kd.score is None:
         kd.score = score_teacher(
             kd.teacher,
@@ -151,6 +160,15 @@ def start_distillation(
     if args.kd_control == "random":
         untrain(kd.teacher, seed=run.seed)
     return kd
+
+
+def _refuse_unknown_classes(kd: Distillation) -> None:
+    """Refuse to compare losses in training with a teacher that does not know all classes."""
+    if kd.running and kd.phase.mode == "min" and getattr(kd.teacher, "known", None) is not None:
+        raise InputError(
+            "--kd-off running compares losses, which are infinite for classes that the teacher does not know; leave it "
+            "out, and the two are compared on the switch split"
+        )
 
 
 def score_teacher(

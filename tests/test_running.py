@@ -89,6 +89,25 @@ def test_all_micro_batches_of_an_update_count_and_the_ratio_stays_during_it():
     assert balance.means.tolist() == pytest.approx([0.95 + 0.05 * 2, 0.95 + 0.05 * 10, 0.95 + 0.05 * 4])
 
 
+def test_a_student_that_starts_from_its_teachers_weights_is_not_blown_up():
+    """Its term has no gradient at first, and the one that it has then is not made louder without bound."""
+    torch.manual_seed(0)
+    teacher, images = torch.randn(20, 5), torch.randn(256, 20)
+    labels = (images @ torch.randn(20, 5)).argmax(-1)
+    student, balance, losses = teacher.clone().requires_grad_(), GradientBalance(), []
+    optimizer = torch.optim.SGD([student], lr=0.5, momentum=0.9)
+    for _ in range(10):
+        logits = images @ student
+        task_loss, kd_loss = F.cross_entropy(logits, labels), kl_softmax(logits, images @ teacher, 2.0)
+        balance.measure(task_loss, kd_loss, [logits])
+        optimizer.zero_grad()
+        (balance.scale(1.0) * (task_loss + balance.ratio * kd_loss)).backward()
+        optimizer.step()
+        balance.end_update()
+        losses.append(task_loss.item())
+    assert max(losses) < 2 * losses[0]
+
+
 def test_an_overflow_changes_nothing():
     weight = torch.ones(1, requires_grad=True)
     balance = GradientBalance()

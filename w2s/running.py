@@ -28,15 +28,17 @@ class GradientBalance:
     two losses that pull the same way, and 1 / sqrt(1 + lambda^2), and it becomes 1 as lambda becomes 0. A constant
     1 / (1 + lambda) would make an update up to 1.4 times too small where both are at right angles.
 
-    r is never more than it was at first. As a student comes to agree with its teacher there is less and less of a
-    gradient to be made loud; an r that went on growing would make L a term that bends ever more at the same learning
-    rate, and leave nothing of the task in it. So the teacher grows quieter as it has been understood, and no louder.
+    r is never more than it was at first, and never more than `LOUDEST`. As a student comes to agree with its teacher
+    there is less and less of a gradient to be made loud; an r that went on growing would make L a term that bends ever
+    more at the same learning rate, and leave nothing of the task in it. So the teacher grows quieter as it has been
+    understood, and no louder.
 
     Args:
         reduce: a mean or a sum over all processes; both give the same ratios.
     """
 
     DECAY = 0.95  # of the running means: they remember some 20 updates
+    LOUDEST = 100.0  # r: a student that starts from its teacher's weights has hardly a g_kd, and then suddenly one
 
     def __init__(self, reduce: REDUCE = lambda sums: sums) -> None:
         self.reduce = reduce
@@ -57,7 +59,7 @@ class GradientBalance:
         self._sums = sums if self._sums is None else self._sums + sums
         if self.means is None:
             self.means = self.reduce(sums)
-            self.first = _ratio(self.means)
+            self.first = self._bound()
         self.means, self.first = self.means.to(sums.device), self.first.to(sums.device)  # after a resume
 
     def end_update(self) -> None:
@@ -68,7 +70,11 @@ class GradientBalance:
         measured = self._measured
         means = torch.where(measured, self.DECAY * self.means + (1 - self.DECAY) * sums, sums)
         self.means = torch.where(means.isfinite().all(), means, self.means)
-        self.first = torch.where(measured, self.first, _ratio(self.means))
+        self.first = torch.where(measured, self.first, self._bound())
+
+    def _bound(self) -> Tensor:
+        """The highest r, by the first measurement."""
+        return _ratio(self.means).clamp(max=self.LOUDEST)
 
     @property
     def _measured(self) -> Tensor:

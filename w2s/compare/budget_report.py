@@ -80,17 +80,18 @@ def budget_table(result: dict) -> Table:
 
 
 def draw_budgets(result: dict, file: BinaryIO) -> None:
-    """Draw final quality over budget as a PNG, in epochs and in train seconds: each run a point, medians joined."""
+    """Draw final quality over budget as a PNG, on each axis of cost: each run a point, medians joined."""
     from matplotlib.figure import Figure  # slow to import: not before the input is checked
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    for panel, axis in zip(figure.subplots(1, 2, sharey=True), ("epoch", "train_seconds"), strict=True):
+    axes = ("epoch", "train_seconds", "pflops")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    for panel, axis in zip(figure.subplots(1, len(axes), sharey=True), axes, strict=True):
         for index, arm in enumerate(result["arms"]):
             _draw_arm(panel, result, arm, axis=axis, colour=arm_colour(index))
-        panel.set(xlabel=f"budget: {AXIS_NAMES[axis]} of the whole schedule", xscale="log")
+        panel.set(xlabel=f"{AXIS_NAMES[axis]} of the whole schedule", xscale="log")
         ticks = [entry["cost"][result["reference"]][axis] for entry in result["budgets"].values()]
         if None not in ticks:  # of the reference: powers of ten would say little, and their fractions overlap
-            panel.set_xticks(ticks, [number_text(tick) for tick in ticks])
+            panel.set_xticks(ticks, [f"{tick:.2g}" if tick < 1 else number_text(tick) for tick in ticks])
             panel.set_xticks([], minor=True)
         panel.grid(alpha=0.25)
     figure.supylabel(f"final {result['metric']}", size="medium")

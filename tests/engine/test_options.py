@@ -345,7 +345,7 @@ def test_an_impossible_target_is_refused(value, words):
     [
         ("--epochs two", "--epochs: takes a whole number of at least 1, got two"),
         ("--epochs 0", "--epochs: takes a whole number of at least 1, got 0"),
-        ("--kd-off later", "--kd-off: takes surpass, never or a number of 0 or more, got later"),
+        ("--kd-off later", "--kd-off: takes surpass, running, never or a number of 0 or more, got later"),
         ("--hflip 2", "--hflip: takes a number in [0, 1], got 2"),
     ],
 )

@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(args, data_config, run.accelerator, cache=run.options["cache"])
     run.settle(cache=data.cache)
     run.seed_all()
-    student = build_student(args, data_config, data).to(run.device)
+    student = build_student(args, data_config, data).to(run.student_device)
     if args.eval_only:
         evaluate_only(args, run, student, data)
         return
@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     # updates, optimiser, learning rate
     plan = plan_updates(args, run, data.samples, epochs=args.epochs)
     lr = scaled_lr(args, plan.batch)
-    steps = {"length": args.epochs, "updates_per_unit": plan.updates_per_epoch, "scaled": run.scales_gradients}
+    steps = {"length": args.epochs, "updates_per_unit": plan.updates_per_epoch, "fused": run.fuses}
     optimizer, scheduler = build_optimizer(args, student, lr=lr, **steps)
 
     # the method: a frozen teacher, loaded only while its phase lasts and never prepared by Accelerate

@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     check_buildable(config)
     data = open_training_data(args, config.kind.first_label)
     run.seed_all()
-    student = build_student(args, config, data.classes).to(run.device)
+    student = build_student(args, config, data.classes).to(run.student_device)
 
     # updates, optimiser and schedule
     plan = plan_updates(args, run, len(data.train), epochs=args.epochs)
@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         lr=lr,
         length=args.epochs,
         updates_per_unit=plan.updates_per_epoch,
-        scaled=run.scales_gradients,
+        fused=run.fuses,
         **reference_warmup(args, lr, plan.updates_per_epoch),
     )
 

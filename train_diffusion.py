@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_diffusion_data(args, run.accelerator, cache=run.options["cache"])
     run.settle(cache=data.cache)
     run.seed_all()
-    student = build_student(args, data.num_classes, process).to(run.device)
+    student = build_student(args, data.num_classes, process).to(run.student_device)
     judge = build_judge(
         args, run.accelerator, data=data, process=process, checkpoint=run.checkpoint, stopping=run.stopping
     )
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_updates(args, run, data.samples, updates=args.updates)
     lr = scaled_lr(args, plan.batch)
     optimizer, scheduler = build_optimizer(
-        args, student, lr=lr, length=args.updates, updates_per_unit=1, unit="updates", scaled=run.scales_gradients
+        args, student, lr=lr, length=args.updates, updates_per_unit=1, unit="updates", fused=run.fuses
     )
 
     # the method: a frozen teacher, loaded only while it is needed

@@ -16,6 +16,7 @@ from helpers import (
     COCO,
     DETECT,
     call_script,
+    checkpoint_tensors,
     read_rows,
     read_summary,
     refused,
@@ -25,7 +26,6 @@ from helpers import (
 )
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
 
 import train_det
 from w2s.detection.metric import COCO_METRICS
@@ -377,7 +377,7 @@ def test_two_processes_train_as_one(digits_det, teacher, tmp_path):
     assert started.wait() == [0, 0], started.text
     # early on, where rounding is all that may differ: later a ReLU within rounding of 0 falls to the other side
     for update in ("update-00000001", "update-00000003"):
-        ours, theirs = (load_file(tmp_path / n / "checkpoints" / update / "model.safetensors") for n in ("one", "two"))
+        ours, theirs = (checkpoint_tensors(tmp_path / n / "checkpoints" / update) for n in ("one", "two"))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     rows = [read_rows(tmp_path / name)[0] for name in ("one", "two")]
     assert rows[0]["update"] == rows[1]["update"] and rows[0]["lr"] == rows[1]["lr"]

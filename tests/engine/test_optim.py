@@ -53,11 +53,9 @@ def tiny() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
 
 
-def built(
-    words: str, epochs: int = 10, updates_per_epoch: int = 8, model: nn.Module | None = None, scaled: bool = False
-):
+def built(words: str, epochs: int = 10, updates_per_epoch: int = 8, model: nn.Module | None = None, fused: bool = True):
     args, lengths = parse(*words.split()), {"length": epochs, "updates_per_unit": updates_per_epoch}
-    return build_optimizer(args, model or tiny(), lr=args.lr or 0.1, scaled=scaled, **lengths)
+    return build_optimizer(args, model or tiny(), lr=args.lr or 0.1, fused=fused, **lengths)
 
 
 def rates(words: str, updates: int = 80) -> list[float]:
@@ -234,7 +232,7 @@ def test_no_optimiser_of_timm_drifts_apart_between_processes():
 def test_a_gradient_scaler_gets_no_fused_optimiser():
     assert built("--opt momentum")[0].defaults["fused"] and built("--opt adamw")[0].defaults["fused"]
     for opt in ("momentum", "adamw"):
-        optimizer, _ = built(f"--opt {opt}", scaled=True)
+        optimizer, _ = built(f"--opt {opt}", fused=False)
         assert not optimizer.defaults["fused"]
         assert not getattr(optimizer, "_step_supports_amp_scaling", False)
 
@@ -244,7 +242,7 @@ def test_a_first_step_that_overflows_leaves_no_trace():
 
     def trained(overflow: bool) -> list[torch.Tensor]:
         model, scaler = tiny(), torch.amp.GradScaler("cpu", init_scale=1.0)
-        optimizer, _ = built("--opt momentum --lr 0.1", model=model, scaled=True)
+        optimizer, _ = built("--opt momentum --lr 0.1", model=model, fused=False)
         for update in range(0 if overflow else 1, 3):
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, math.inf if update == 0 else 1.0)

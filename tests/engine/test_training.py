@@ -30,7 +30,7 @@ def job_of(run_of):
         run.stopping = Stopping(run.accelerator)
         args = run.parsed
         optimizer, scheduler = build_optimizer(
-            args, student, lr=0.1, length=10, updates_per_unit=10, scaled=scaler is not None
+            args, student, lr=0.1, length=10, updates_per_unit=10, fused=scaler is None
         )
         job = prepare_job(
             args,
@@ -149,7 +149,7 @@ def test_what_was_trained_is_safe_before_the_evaluation_begins(job_of):
 def test_after_the_evaluation_only_the_state_is_written_anew(job_of):
     job = job_of()
     train(job, job.next_stop(5))
-    file = job.run.folder / "checkpoints" / "update-00000005" / "model.safetensors"
+    file = job.run.folder / "checkpoints" / "update-00000005" / ".metadata"
     with job.saved():
         written = file.stat().st_mtime_ns, file.stat().st_ino
         job.evaluated({"top1": 50.0})

@@ -21,7 +21,7 @@ def common_settings(run: RunFolder) -> dict:
         if name not in FREE_OPTIONS and not name.startswith(TEACHER_PREFIXES):
             settings[name] = value
     environment = run.summary["environment"] or {}
-    for name in ("device", "processes", "earlier_processes", "mixed_precision"):
+    for name in ("device", "processes", "earlier_processes", "sharding", "mixed_precision"):
         settings[name] = environment.get(name)
     for name in (*MUST_MATCH, "weights", "params", "data"):
         settings[name] = run.summary.get(name)

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, and that are checked before they are used.
 
-Accelerate's `save_state` is not atomic. Here it writes into a folder beside, state.json comes last with the size of
-every file, everything is synced to disk, and a rename makes it a checkpoint. Only then are old ones deleted.
+Its tensors are written into a folder beside, state.json comes last with the size of every file, everything is synced to
+disk, and a rename makes it a checkpoint. Only then are old ones deleted.
 """
 
 import dataclasses
@@ -15,12 +15,11 @@ from pathlib import Path
 
 import accelerate
 import yaml
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from w2s.engine.errors import Finished, InputError, last_line
 from w2s.engine.files import LOCK, check_writable, drop_folder, put_in_place
 from w2s.engine.launch import refuse_together
+from w2s.engine.tensors import Trained, read_tensors, write_tensors
 from w2s.record import BOOKKEEPING_OPTIONS, replacing
 
 # options that may change when a run is resumed: they do not change what it computes
@@ -93,7 +92,7 @@ def plain(options: dict) -> dict:
 
 
 def save_checkpoint(
-    root: Path, update: int, state: dict, accelerator: accelerate.Accelerator, ema: nn.Module | None, keep: int
+    root: Path, update: int, state: dict, accelerator: accelerate.Accelerator, trained: Trained, keep: int
 ) -> None:
     """Write `root/update-N` and keep the newest `keep`; called by all processes.
 
@@ -101,8 +100,8 @@ def save_checkpoint(
         root: the run's checkpoints/ folder.
         update: N, updates done.
         state: what state.json holds, JSON types only.
-        accelerator: its prepared student, optimiser and scaler are saved; the teacher was never prepared.
-        ema: the averaged model, or None.
+        accelerator: gives the processes.
+        trained: what is saved beside it.
         keep: --checkpoint-hist.
     """
     final, beside = root / f"update-{update:08d}", root / f".update-{update:08d}.partial"
@@ -111,16 +110,8 @@ def save_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)
         beside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    scaler = accelerator.scaler
-    if not accelerator.is_main_process:
-        accelerator.scaler = None  # it is the same on all processes, which would all write it to the same file
-    accelerator.save_state(str(beside))
-    accelerator.scaler = scaler
-    accelerator.wait_for_everyone()
+    files = write_tensors(beside, trained, rank=accelerator.process_index)
     if accelerator.is_main_process:
-        if ema is not None:
-            save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, beside / "ema.safetensors")
-        files = {str(p.relative_to(beside)): p.stat().st_size for p in beside.rglob("*") if p.is_file()}
         (beside / "state.json").write_text(json.dumps({**state, "update": update, "files": files}))
         put_in_place(beside, final)
         paths = sorted(root.glob("update-*"))
@@ -141,17 +132,17 @@ def rewrite_state(root: Path, update: int, state: dict, accelerator: accelerate.
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(path: Path, accelerator: accelerate.Accelerator, ema: nn.Module | None) -> None:
-    """Bring the prepared student and optimiser, and the EMA, to a checkpoint.
+def load_checkpoint(path: Path, trained: Trained) -> None:
+    """Bring what is trained to a checkpoint; called by all processes.
 
     Raises:
         InputError: it does not fit this model or cannot be read.
     """
     try:
-        accelerator.load_state(str(path))
-        if ema is not None:
-            ema.load_state_dict(load_file(path / "ema.safetensors"))
-    except Exception as error:  # torch, safetensors and pickle raise many kinds for a damaged file
+        read_tensors(path, trained)
+    except BaseException as error:  # torch and pickle raise many kinds for a damaged file
+        if isinstance(error, KeyboardInterrupt):
+            raise
         reason = last_line(error, limit=200)
         raise InputError(f"cannot load checkpoint {path}: {type(error).__name__}: {reason}") from None
 

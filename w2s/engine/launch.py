@@ -20,8 +20,11 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
+from timm.utils import distribute_bn
+from torch import nn
 
 from w2s.engine.errors import Finished, InputError
+from w2s.engine.sharding import asked_for, build_plugin, shard_on_cpu
 
 Decision = TypeVar("Decision")
 
@@ -35,9 +38,11 @@ def build_accelerator(folder: Path, trackers: list[str] | None, *, timeout: floa
         timeout: --ddp-timeout in seconds.
 
     Raises:
-        InputError: several processes were started that know nothing of each other.
+        InputError: several processes were started that know nothing of each other, or the launch asks for DeepSpeed,
+            FSDP1 or a part of FSDP that is not supported.
     """
-    # the buffers that are evaluated and saved are those of the main process, see `Run.share_buffers`
+    plugin = build_plugin() if asked_for() else None
+    # the buffers that are evaluated and saved are those of the main process, see `share_buffers`
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate does not know its new name yet
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = accelerate.Accelerator(
@@ -45,6 +50,7 @@ def build_accelerator(folder: Path, trackers: list[str] | None, *, timeout: floa
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
         mixed_precision=default_precision(),
+        fsdp_plugin=plugin,
         log_with=trackers,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
     )
@@ -54,6 +60,8 @@ def build_accelerator(folder: Path, trackers: list[str] | None, *, timeout: floa
             f"{started} processes were started (WORLD_SIZE), but Accelerate joins {accelerator.num_processes}, so that "
             "each would train alone: to train on CPUs, set ACCELERATE_USE_CPU=true"
         )
+    if plugin:
+        shard_on_cpu(accelerator, plugin)
     return accelerator
 
 
@@ -95,6 +103,7 @@ def environment(accelerator: accelerate.Accelerator, earlier: list[int]) -> dict
         "processes": accelerator.num_processes,
         "earlier_processes": earlier,
         "mixed_precision": accelerator.mixed_precision,
+        "sharding": "fsdp2" if accelerator.is_fsdp2 else None,
         "git": git,
     }
 
@@ -153,6 +162,12 @@ def share_batch(images: int, processes: int, batch_size: int) -> tuple[int, int]
     units = images // (processes * whole)
     steps = next(steps for steps in range(1, units + 1) if units % steps == 0 and units // steps * whole <= batch_size)
     return units // steps * whole, steps
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the BatchNorm statistics of the first one: each has seen its own batches."""
+    if (processes := accelerate.PartialState().num_processes) > 1:
+        distribute_bn(model, processes, reduce=False)
 
 
 def processes_here() -> tuple[int, int]:

@@ -7,7 +7,8 @@ from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from w2s.engine.errors import InputError, on_one_line
 
@@ -32,7 +33,7 @@ def build_optimizer(
     unit: str = "epochs",
     warmup: float | None = None,
     warmup_lr: float | None = None,
-    scaled: bool = False,
+    fused: bool = True,
 ) -> tuple[torch.optim.Optimizer, Scheduler]:
     """The optimiser and its schedule, both timm's. Do not `prepare` the schedule: call `step_update(update)`.
 
@@ -43,7 +44,7 @@ def build_optimizer(
         length: of the run, in `unit`.
         updates_per_unit: updates of an epoch, or 1 where `unit` is "updates".
         warmup, warmup_lr: in place of --warmup-* and --warmup-lr.
-        scaled: whether a gradient scaler steps the optimiser (fp16).
+        fused: whether it may be one kernel for all tensors, see `Run.fuses`.
 
     Raises:
         InputError: unknown names, arguments they do not take, or a schedule that needs a metric.
@@ -56,7 +57,7 @@ def build_optimizer(
         raise InputError(f"--warmup-{unit} {warmup:g} is longer than the run of {length:g} {unit}")
     if decay <= 0:
         raise InputError(f"--decay-{unit} {decay:g}: must be above 0")
-    optimizer = _create_optimizer(args, model, lr, fused=not scaled)
+    optimizer = _create_optimizer(args, model, lr, fused)
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -77,9 +78,9 @@ def build_optimizer(
 
 
 def _create_optimizer(args, model: nn.Module, lr: float, fused: bool) -> torch.optim.Optimizer:
-    """timm's optimiser of the name --opt, fused (one kernel for all tensors) where torch has that.
+    """timm's optimiser of the name --opt, if `fused` one kernel for all tensors where torch has that.
 
-    Not under a gradient scaler: torch's fused SGD takes uninitialised memory for its momentum where the first step
+    Under a gradient scaler, torch's fused SGD takes uninitialised memory for its momentum where the first step
     overflows, and a skipped step of any fused optimiser looks like one that was made.
     """
     options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
@@ -103,6 +104,15 @@ def _create_optimizer(args, model: nn.Module, lr: float, fused: bool) -> torch.o
 
 def build_ema(args, student: nn.Module) -> ModelEmaV3 | None:
     """The moving average of the student's weights, None without --model-ema."""
-    if not args.model_ema:
-        return None
-    return ModelEmaV3(student, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    return LocalEma(student, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+
+
+class LocalEma(ModelEmaV3):
+    """timm's moving average, of the parts of the weights that this process has where they are sharded."""
+
+    def _foreach_lerp_(self, ema_values: list[Tensor], model_values: list[Tensor], weight: float) -> None:
+        parts = [
+            [value.to_local() if isinstance(value, DTensor) else value for value in values]
+            for values in (ema_values, model_values)
+        ]
+        super()._foreach_lerp_(*parts, weight)

@@ -8,9 +8,11 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from w2s.distillation import Distillation
+from w2s.engine.errors import InputError
 from w2s.engine.optim import build_ema
 from w2s.engine.plan import Plan
 from w2s.engine.run import Run
+from w2s.engine.sharding import exporting_whole, shard
 from w2s.engine.training import Job
 
 
@@ -36,13 +38,24 @@ def prepare_job(
         student: on its device, in its memory format.
         compiled: the part of the student that --torchcompile compiles.
         trained: the student with what is trained beside it; None for the student alone.
-        run, plan, kd, optimizer, scheduler, flops, export, terms: see `Job`.
+        export: writes a model into a folder.
+        run, plan, kd, optimizer, scheduler, flops, terms: see `Job`.
+
+    Raises:
+        InputError: FSDP2 and something that is trained beside the student.
     """
-    ema = build_ema(args, student)
+    ema, accelerator = build_ema(args, student), run.accelerator
     if args.torchcompile:
         compiled.compile(backend=args.torchcompile)
         kd.compile(args.torchcompile)
-    model, optimizer = run.accelerator.prepare(trained or student, optimizer)
+    if run.shards:
+        if trained not in (None, student):
+            raise InputError("FSDP2 shards the student alone: leave out --kd-term and --kd-target, which train more")
+        export = exporting_whole(export, student, run.is_main)
+        model, optimizer = shard(accelerator, student, ema and ema.module, optimizer)
+        run.stopping.keep_in_step(ema.module if ema else student)
+    else:
+        model, optimizer = accelerator.prepare(trained or student, optimizer)
     return Job(
         args,
         run,
@@ -54,6 +67,6 @@ def prepare_job(
         optimizer=optimizer,
         scheduler=scheduler,
         flops=flops,
-        export=export,
+        export=export if run.shards or run.is_main else lambda model, folder: None,
         terms=terms,
     )

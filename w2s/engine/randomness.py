@@ -47,6 +47,14 @@ def seed_augmentation(*key: int) -> None:
     torch.random.default_generator.manual_seed(seed)  # the CPU's only: torch.manual_seed would reset the GPU's too
 
 
+def seed_generators(*key: int) -> None:
+    """Seed all generators of this process, those of its devices, too."""
+    seed = mix_seed(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
     """The order in which an epoch goes through its data: a permutation of (seed, epoch)."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(mix_seed(seed, epoch)))

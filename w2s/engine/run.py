@@ -1,7 +1,6 @@
 """One run: its processes, its folder, its log, its seeds, and how it stops."""
 
 import logging
-import random
 import shutil
 import sys
 import uuid
@@ -9,10 +8,7 @@ from pathlib import Path
 from typing import ClassVar, NoReturn
 
 import accelerate
-import numpy as np
 import torch
-from timm.utils import distribute_bn
-from torch import nn
 from tqdm import tqdm
 
 from w2s.crossing import Clock
@@ -20,9 +16,11 @@ from w2s.engine.checkpoint import check_readable, load_checkpoint, locate, plain
 from w2s.engine.errors import InputError, NonFiniteLoss, Preempted
 from w2s.engine.files import LOCK, lock_folder
 from w2s.engine.launch import build_accelerator, decide_on_main, environment, share_batch, wait_for_device
-from w2s.engine.randomness import mix_seed
+from w2s.engine.randomness import mix_seed, seed_generators
+from w2s.engine.sharding import settle_options
 from w2s.engine.sharing import check_hub, push_at_the_end
 from w2s.engine.stopping import Stopping
+from w2s.engine.tensors import Trained
 from w2s.engine.trackers import check_login, check_trackers, close_trackers, default_group, start_trackers
 from w2s.record import RunRecord
 
@@ -58,6 +56,9 @@ class Run:
         trackers = check_trackers(args.log_with) if self.keeps else None
         logging.getLogger("accelerate").setLevel(logging.WARNING)
         self.accelerator = build_accelerator(self.folder, trackers, timeout=args.ddp_timeout)
+        self.shards = self.accelerator.is_fsdp2 and not args.eval_only  # a model that is only evaluated stays whole
+        if self.shards:
+            settle_options(args, self.accelerator)
         if trackers:
             decide_on_main(lambda: check_login(trackers))
         self.device = self.accelerator.device
@@ -156,9 +157,14 @@ class Run:
         Run.opened = self
 
     @property
-    def scales_gradients(self) -> bool:
-        """Whether a gradient scaler steps the optimiser, as in fp16."""
-        return self.accelerator.scaler is not None
+    def fuses(self) -> bool:
+        """Whether the optimiser may be one kernel for all tensors: not with a gradient scaler, nor on sharded weights."""
+        return self.accelerator.scaler is None and not self.shards
+
+    @property
+    def student_device(self) -> torch.device:
+        """Where the student is built: a student that is sharded may fit on no single GPU, and gets there in parts."""
+        return torch.device("cpu") if self.shards else self.device
 
     def settle(self, **choices: object) -> None:
         """Record what options that leave something open came to, such as --cache auto; args.yaml gets these values."""
@@ -203,10 +209,7 @@ class Run:
         a single one does.
         """
         place = micro * self.accelerator.num_processes + self.accelerator.process_index
-        seed = mix_seed(self.seed, update, place)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        seed_generators(self.seed, update, place)
 
     def seed_step(self, update: int) -> None:
         """Make what the optimiser draws in a step (PSGD Kron does) the same on all processes."""
@@ -248,14 +251,9 @@ class Run:
         rest = f"The last good checkpoint is {newest}" if newest else "No checkpoint had been written"
         raise NonFiniteLoss(f"{reason}; try a lower --lr, --clip-grad or bf16. {rest}")
 
-    def share_buffers(self, model: nn.Module) -> None:
-        """Give all processes the BatchNorm statistics of the first one: each has seen its own batches."""
-        if self.accelerator.num_processes > 1:
-            distribute_bn(model, self.accelerator.num_processes, reduce=False)
-
     # ---- checkpoints and the end ----
 
-    def save(self, update: int, ema: nn.Module | None, **state: object) -> None:
+    def save(self, update: int, trained: Trained, **state: object) -> None:
         """Write a checkpoint with the clock, the rows and `state`. All processes call this.
 
         Where the last one is of the same update, its weights stand and only its state is written anew.
@@ -277,14 +275,14 @@ class Run:
                 update=update,
                 state=state,
                 accelerator=self.accelerator,
-                ema=ema,
+                trained=trained,
                 keep=self.checkpoint_hist,
             )
             self._saved = update
 
-    def load(self, ema: nn.Module | None) -> None:
-        """Bring what was prepared, and the EMA, to the checkpoint that the run continues from."""
-        load_checkpoint(self.checkpoint, accelerator=self.accelerator, ema=ema)
+    def load(self, trained: Trained) -> None:
+        """Bring what is trained to the checkpoint that the run continues from."""
+        load_checkpoint(self.checkpoint, trained)
         self.log(f"resumed from {self.checkpoint}")
 
     def finish(self, status: str) -> None:

@@ -7,8 +7,10 @@ from typing import TypeVar
 
 import accelerate
 import torch
+from torch import nn
 
 from w2s.engine.errors import Preempted
+from w2s.engine.sharding import InStep
 
 PATIENCE = 10  # losses in a row that may overflow under a gradient scaler, which halves its scale after each of them
 ASK_SECONDS = 2.0  # on a GPU, roughly how long a signal may go unnoticed
@@ -29,6 +31,7 @@ class Stopping:
         self.accelerator = accelerator
         self.patience = 1 if accelerator.scaler is None else PATIENCE
         self._signal: int | None = None
+        self._in_step: InStep | None = None  # where the model that is evaluated is sharded
         self._cut_short = False  # a signal has ended the evaluation of this process early
         self._streak = torch.zeros((), device=accelerator.device)  # the last losses in a row that were not finite
         self._longest = torch.zeros_like(self._streak)
@@ -44,6 +47,14 @@ class Stopping:
         self._signal = number
         if number == signal.SIGINT:  # a second Ctrl-C does not wait
             signal.signal(number, signal.default_int_handler)
+
+    def keep_in_step(self, model: nn.Module) -> None:
+        """Have all processes make as many forwards of a sharded model in its evaluations."""
+
+        def stop() -> None:
+            self._signal = self._signal or signal.SIGTERM
+
+        self._in_step = InStep(self.accelerator, model, signalled=lambda: self._signal is not None, stop=stop)
 
     def watch(self, loss: torch.Tensor) -> None:
         """Remember whether a loss was not finite, without waiting for the device."""
@@ -82,6 +93,8 @@ class Stopping:
         Raises:
             Preempted: on all processes, if a signal has ended the evaluation of one of them early.
         """
+        if self._in_step:
+            self._in_step.finish()
         cut_short, self._cut_short = torch.full_like(self._streak, float(self._cut_short)), False
         if self.accelerator.reduce(cut_short, "sum").item():
             raise Preempted("stopped by a signal during an evaluation")

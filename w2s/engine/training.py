@@ -25,11 +25,14 @@ from torch import Tensor, nn
 
 from w2s.distillation import Distillation
 from w2s.engine.errors import Preempted
+from w2s.engine.launch import share_buffers
 from w2s.engine.messages import first_lines, last_lines
 from w2s.engine.meter import LossMeter
 from w2s.engine.plan import Plan, compilations
 from w2s.engine.progress import Progress
 from w2s.engine.run import Run
+from w2s.engine.sharding import weights_norm
+from w2s.engine.tensors import Trained
 
 WARMUP_UPDATES = 2  # left out of train seconds after each start: compilation, allocator, autotuning
 
@@ -47,7 +50,7 @@ class Job:
         ema: the moving average of its weights, or None.
         optimizer, scheduler: prepared, and not prepared.
         flops: `student_update`, `teacher_forward` and `branches` of one update over all processes.
-        export: (module, folder) -> None; writes the model for others to load.
+        export: (module, folder) -> None, called by all processes; writes the model for others to load.
         terms: names of further losses that are averaged and recorded; those called kd_* over the taught updates only.
     """
 
@@ -79,6 +82,8 @@ class Job:
         self.meter = LossMeter(run.accelerator, terms)
         self._evaluate_at: int | None = None  # the update of the next evaluation
         self.progress = Progress(run, plan, distillation, interval=args.log_interval)
+        bare = run.accelerator.unwrap_model(model, keep_torch_compile=False)
+        self._trained = Trained(bare, ema and ema.module, optimizer, run.accelerator.scaler)  # of the checkpoints
         self._clipped = list(model_parameters(student, exclude_head="agc" in self.clip_mode))
 
     @property
@@ -95,7 +100,7 @@ class Job:
         """Continue where the run's checkpoint stands, if it has one."""
         state = self.run.state
         if state:
-            self.run.load(self.ema and self.ema.module)
+            self.run.load(self._trained)
             self.update = self.started_from = state["update"]
             self.skipped = state["skipped"]
             self._evaluate_at = self.update if state["evaluation_due"] else None
@@ -205,7 +210,7 @@ class Job:
         """
         run, due = self.run, self.evaluation_due
         with run.clock.paused():
-            if not torch.nn.utils.get_total_norm(self.student.parameters()).isfinite():
+            if not weights_norm(self.student).isfinite():
                 run.fail(f"the weights are not finite after update {self.update}")
             self._save()
             if self.stopped and not self.done:
@@ -220,7 +225,7 @@ class Job:
 
     def model_to_evaluate(self) -> nn.Module:
         """`evaluated_model` in eval mode, with the same BatchNorm statistics on all processes."""
-        self.run.share_buffers(self.evaluated_model)
+        share_buffers(self.evaluated_model)
         return self.evaluated_model.eval()
 
     def evaluated(self, metrics: dict[str, float]) -> None:
@@ -257,7 +262,7 @@ class Job:
         if self.skipped:
             record.write_summary(skipped_updates=self.skipped)
             run.log(f"{self.skipped} updates so far were skipped, because a gradient overflowed in fp16")
-        if is_best and run.keeps and run.is_main:
+        if is_best and run.keeps:
             self.export(self.evaluated_model, run.folder / "best")
 
     def _take_teacher_seconds(self) -> None:
@@ -278,13 +283,13 @@ class Job:
         self._take_teacher_seconds()
         sums = {"flops": self.flops, "meter": self.meter.state(), "skipped": self.skipped, "batch": self.plan.batch}
         state = {**sums, "evaluation_due": self.evaluation_due, **self.distillation.state_dict()}
-        self.run.save(self.update, ema=self.ema and self.ema.module, **state)
+        self.run.save(self.update, self._trained, **state)
 
     def finish(self) -> None:
         """Export the final model, close the run and say what happened."""
         run = self.run
         self.progress.bar.close()
-        if run.keeps and run.is_main:
+        if run.keeps:
             self.export(self.evaluated_model, run.folder / "model")
         for line in last_lines(run.record.summary(), place=str(run.folder) if run.keeps else "nothing kept"):
             run.log(line)

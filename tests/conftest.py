@@ -1,10 +1,14 @@
 """Fixtures of all tests. What the tests call by name is in helpers.py."""
 
+import logging
 import multiprocessing
 from pathlib import Path
 
 import pytest
 from helpers import DIGITS, TEACHER, call_script  # first: it sets the environment
+
+# pytest keeps what is logged, and torch.distributed.checkpoint logs several lines for each tensor
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 
 def pytest_sessionfinish() -> None:

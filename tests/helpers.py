@@ -240,13 +240,13 @@ def _member(module: str, function: str, args: tuple, env: dict, rank: int, resul
     accelerator.end_training()
 
 
-def on_processes(count: int, function, *args: object) -> list:
+def on_processes(count: int, function, *args: object, env: dict | None = None) -> list:
     """What `function(accelerator, *args)` returns or raises in each of so many processes of one gloo group, by rank."""
     module = function.__module__.removeprefix("tests.")  # another `tests` may be installed
     port, results, processes = free_port(), _server.Queue(), []
     for rank in range(count):
         mine = {**ON_CPU, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(env or {})}
         mine = {k: str(v) for k, v in mine.items()}
         processes.append(_server.Process(target=_member, args=(module, function.__name__, args, mine, rank, results)))
         processes[-1].start()
@@ -260,12 +260,17 @@ def on_processes(count: int, function, *args: object) -> list:
 
 
 def run_script(
-    script: str, *parts: object, processes: int = 0, timeout: float = TIMEOUT, env: dict | None = None
+    script: str,
+    *parts: object,
+    processes: int = 0,
+    timeout: float = TIMEOUT,
+    env: dict | None = None,
+    config: Path = ROOT / "recipes/accelerate/cpu_two.yaml",
 ) -> subprocess.CompletedProcess:
     """`python SCRIPT.py ...`, or under `accelerate launch` with so many processes; output is captured."""
     command = [sys.executable, str(ROOT / f"{script}.py")]
     if processes:
-        launch = ["--config_file", str(ROOT / "recipes/accelerate/cpu_two.yaml"), "--num_processes", str(processes)]
+        launch = ["--config_file", str(config), "--num_processes", str(processes)]
         command[:1] = [sys.executable, "-m", "accelerate.commands.launch", *launch]
         command[-1:-1] = ["--main_process_port", str(free_port())]
     return subprocess.run(

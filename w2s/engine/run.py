@@ -158,7 +158,7 @@ class Run:
 
     @property
     def fuses(self) -> bool:
-        """Whether the optimiser may be one kernel for all tensors: not with a gradient scaler, nor on sharded weights."""
+        """Whether the optimiser may be one kernel for all tensors: not under a scaler, nor on sharded weights."""
         return self.accelerator.scaler is None and not self.shards
 
     @property

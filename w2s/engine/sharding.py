@@ -29,10 +29,11 @@ from torch.distributed.tensor import DTensor
 from w2s.engine.errors import InputError
 
 CONFIG = "accelerate launch --config_file recipes/accelerate/fsdp.yaml"
-# what these do to a weight does not depend on its others, so that they need not know that it is a part of one
+# timm's optimisers whose updates of parts of the weights were seen to be those of whole ones
 OPTIMIZERS = (
-    *("sgd", "nesterov", "momentum", "sgdp", "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "adabelief"),
-    *("adagrad", "adadelta", "rmsprop", "rmsproptf", "lion", "adopt", "adoptw", "lamb", "lambc"),
+    *("sgd", "sgdw", "nesterov", "nesterovw", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "radamw"),
+    *("adamax", "adabelief", "adagrad", "adadelta", "adan", "adanw", "adopt", "adoptw", "lamb", "lambw", "laprop"),
+    *("lars", "larc", "lion", "madgrad", "madgradw", "rmsprop", "rmsproptf"),
 )
 LAYERS = (nn.Linear, nn.Conv2d, nn.Sequential, nn.ModuleList)  # no blocks, however often they are repeated
 
@@ -73,7 +74,8 @@ def build_plugin() -> FullyShardedDataParallelPlugin:
 def shard_on_cpu(accelerator: accelerate.Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
     """Have processes on CPUs shard, too: Accelerate asks for an accelerator, but torch can do it over gloo."""
     if accelerator.device.type == "cpu" and accelerator.num_processes > 1:
-        accelerator.state.distributed_type = DistributedType.FSDP
+        for state in (accelerate.PartialState(), accelerator.state):  # the one overwrites the other now and then
+            state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
 
 
@@ -81,14 +83,14 @@ def settle_options(args, accelerator: accelerate.Accelerator) -> None:
     """Refuse what sharded weights do not go with, and leave out the memory format.
 
     Raises:
-        InputError: fp16, AGC, an optimiser that looks at whole weights, or --torchcompile.
+        InputError: fp16, AGC, an optimiser that needs whole weights, or --torchcompile.
     """
     if accelerator.scaler is not None:
         raise InputError("fp16 is not supported under FSDP2; use --mixed_precision bf16")
     if args.clip_grad is not None and args.clip_mode != "norm":
         raise InputError(f"--clip-mode {args.clip_mode} needs whole gradients, which FSDP2 does not have; use norm")
     if args.opt not in OPTIMIZERS:
-        raise InputError(f"--opt {args.opt} looks at whole weights; FSDP2 goes with {', '.join(OPTIMIZERS)}")
+        raise InputError(f"--opt {args.opt} does not go with FSDP2; these do: {', '.join(OPTIMIZERS)}")
     if args.torchcompile:
         raise InputError("--torchcompile was not tried under FSDP2; leave one of the two out")
     args.channels_last = False  # weights in NHWC are not contiguous and cannot be cut into parts

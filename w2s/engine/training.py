@@ -98,14 +98,12 @@ class Job:
 
     def resume(self) -> None:
         """Continue where the run's checkpoint stands, if it has one."""
-        state = self.run.state
-        if state:
+        if state := self.run.state:
             self.run.load(self._trained)
             self.update = self.started_from = state["update"]
-            self.skipped = state["skipped"]
             self._evaluate_at = self.update if state["evaluation_due"] else None
             self.meter.load_state(state["meter"])
-            self._silence_noted = self.distillation.off is not None
+            self.skipped, self._silence_noted = state["skipped"], self.distillation.off is not None
 
     def facts(self) -> dict:
         """What summary.json holds of this job."""
@@ -201,8 +199,7 @@ class Job:
     def saved(self) -> Iterator[bool]:
         """Save, have the block evaluate where that is due, and save again, all of it outside the train seconds.
 
-        What was trained is safe before the evaluation begins; a resumed run goes on with an evaluation that was not
-        finished.
+        What was trained is safe before the evaluation begins; a resumed run goes on with one that was not finished.
 
         Raises:
             NonFiniteLoss: the weights are broken; nothing is saved.

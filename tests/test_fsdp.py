@@ -1,0 +1,177 @@
+"""FSDP2 on two CPU processes: the same training as DDP's and one process's, evaluated, exported, killed and resumed."""
+
+import signal
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import (
+    DIGITS,
+    ROOT,
+    VIT,
+    call_script,
+    checkpoint_tensors,
+    free_port,
+    on_processes,
+    read_rows,
+    read_summary,
+    run_script,
+    start_script,
+    timeless,
+    watching_forwards,
+    weights_of,
+    words,
+)
+
+import train_cls
+from w2s.engine.tensors import tensor_names
+
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+# 20 updates of 32 images with every kind of state: a moving average, clipped gradients, dropout, mixup, and a teacher
+# from update 0 to 12; the 597 images of an evaluation make 3 batches for the one process and 2 for the other
+TRAINING = words(
+    DIGITS,
+    VIT,
+    "--batch-size 16 --epochs 5 --evals-per-epoch 2 --validation-batch-size 149 --no-channels-last --clip-grad 1",
+    "--model-ema --model-ema-decay 0.9 --drop 0.1 --mixup 0.2 --recovery-interval 3 --checkpoint-hist 9",
+    "--kd-warmup 0.5 --kd-hold 2 --kd-decay 0.5 --kd-patience 99",
+)
+LOSSES = ("train_loss", "task_loss", "kd_loss", "eval_loss")
+
+
+def trained(output: Path, name: str, teacher: Path, processes: int = 1, sharded: bool = False, more: str = "") -> Path:
+    """The folder of a run that has ended by itself."""
+    command = words(TRAINING, "--teacher", teacher, "--output", output, "--name", name, more)
+    log = output / f"{name}.log"
+    process = start_script("train_cls", log, command, processes=processes, env=SHARDED if sharded else None)
+    assert process.wait() == [0] * processes, process.text
+    return output / name
+
+
+def killed(output: Path, name: str, teacher: Path, update: int, processes: int = 1, sharded: bool = False) -> None:
+    """Have a run go on, and kill it once it has saved this update."""
+    command = words(TRAINING, "--resume auto --teacher", teacher, "--output", output, "--name", name)
+    log = output / f"{name}.log"
+    process = start_script("train_cls", log, command, processes=processes, env=SHARDED if sharded else None)
+    state = output / name / "checkpoints" / f"update-{update:08d}" / "state.json"
+    assert process.wait_for(state.exists), process.text
+    process.kill()
+    process.wait()
+    assert read_summary(output / name)["status"] == "running"
+
+
+def assert_alike(run: Path, other: Path) -> None:
+    """Equal to within rounding at every evaluation, and in all that does not depend on it."""
+    rounded = {*LOSSES, "top1", "top5", "switch_top1"}
+    for row, expected in zip(timeless(run), timeless(other), strict=True):
+        assert {k: row[k] for k in row.keys() - rounded} == {k: expected[k] for k in row.keys() - rounded}
+        for column in LOSSES:
+            assert float(row[column] or 0) == pytest.approx(float(expected[column] or 0), abs=1e-5), column
+    assert read_summary(run)["kd_off"] == read_summary(other)["kd_off"]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.fixture(scope="module")
+def sharded(output, tiny_teacher) -> Path:
+    """A run that was sharded over two processes from its beginning to its end."""
+    return trained(output, "sharded", tiny_teacher, processes=2, sharded=True)
+
+
+def test_sharded_weights_train_as_those_of_ddp_and_of_one_process(output, sharded, tiny_teacher):
+    pair = trained(output, "pair", tiny_teacher, processes=2)
+    one = trained(output, "one", tiny_teacher, more="--grad-accum-steps 2")
+    assert_alike(sharded, pair)
+    assert_alike(sharded, one)
+    assert len(read_rows(sharded)) == 10 and int(read_rows(sharded)[-1]["update"]) == 20
+    assert (read_summary(sharded)["environment"]["sharding"], read_summary(pair)["environment"]["sharding"]) == (
+        "fsdp2",
+        None,
+    )
+
+
+def test_each_process_writes_what_it_alone_holds_and_the_main_one_exports_all(sharded):
+    path = sharded / "checkpoints" / "update-00000020"
+    assert {file.name for file in path.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    assert {name.partition(".")[0] for name in tensor_names(path)} == {"student", "ema", "optimizer"}
+    assert checkpoint_tensors(path)["head.weight"].shape == (10, 32)
+
+
+def test_the_exported_model_is_the_one_that_was_evaluated(sharded, capsys):
+    call_script(train_cls.main, "--eval-only --output", sharded.parent, "--name sharded")
+    found = yaml.safe_load(capsys.readouterr().out.strip().splitlines()[-1])
+    row = read_rows(sharded)[-1]
+    assert found["eval_loss"] == pytest.approx(float(row["eval_loss"]), abs=1e-5)
+    assert found["top1"] == pytest.approx(float(row["top1"]), abs=0.2)
+
+
+def test_killed_and_resumed_by_as_many_processes_it_ends_in_the_same_bits(tmp_path, sharded, tiny_teacher):
+    killed(tmp_path, "again", tiny_teacher, 6, processes=2, sharded=True)
+    again = trained(tmp_path, "again", tiny_teacher, processes=2, sharded=True, more="--resume auto")
+    assert timeless(again) == timeless(sharded)
+    assert weights_of(again) == weights_of(sharded)
+
+
+def test_killed_it_goes_on_with_one_process_with_two_of_ddp_and_sharded_again(tmp_path, sharded, tiny_teacher):
+    killed(tmp_path, "moved", tiny_teacher, 3, processes=2, sharded=True)
+    killed(tmp_path, "moved", tiny_teacher, 8, processes=1)
+    killed(tmp_path, "moved", tiny_teacher, 12, processes=2)
+    moved = trained(tmp_path, "moved", tiny_teacher, processes=2, sharded=True, more="--resume auto")
+    assert_alike(moved, sharded)
+    assert read_summary(moved)["environment"]["earlier_processes"] == [2, 1]
+
+
+def test_a_signal_to_one_process_ends_the_evaluation_of_both(tmp_path, tiny_teacher):
+    command = words(TRAINING, "--validation-batch-size 1 --teacher", tiny_teacher, "--output", tmp_path, "--name run")
+    process = start_script("train_cls", tmp_path / "log", command, processes=2, env=SHARDED)
+    state = tmp_path / "run" / "checkpoints" / "update-00000002" / "state.json"
+    assert process.wait_for(state.exists), process.text
+    process.kill(signal.SIGTERM, rank=1)
+    assert process.wait(60) == [75, 75], process.text
+    assert read_rows(tmp_path / "run") == []
+
+
+def teacher_is_gone(accelerator, argv: list[str]) -> bool:
+    """Whether the teacher's weights have been freed at the end of a run, in which it has been called."""
+    seen = []
+
+    def see(module: torch.nn.Module, inputs: tuple) -> None:
+        if hasattr(module, "pretrained_cfg") and module.pretrained_cfg["architecture"] == "resnet10t":
+            seen.extend(weakref.ref(parameter) for parameter in module.parameters() if not seen)
+
+    with watching_forwards(see):
+        train_cls.main(argv)
+    return len(seen) > 0 and all(ref() is None for ref in seen)
+
+
+def test_the_switch_off_frees_the_teacher(tmp_path, tiny_teacher, monkeypatch):
+    for name, value in SHARDED.items():
+        monkeypatch.setenv(name, value)
+    command = words(TRAINING, "--epochs 4 --teacher", tiny_teacher, "--output", tmp_path, "--name run")
+    assert on_processes(2, teacher_is_gone, command, env=SHARDED) == [True, True]
+    assert read_summary(tmp_path / "run")["kd_off"]["update"] == 12
+
+
+def test_the_launcher_shards_as_the_config_says(tmp_path):
+    config = yaml.safe_load((ROOT / "recipes/accelerate/fsdp.yaml").read_text())
+    config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no", "main_process_port": free_port()}
+    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(config))
+    done = run_script(
+        "train_cls", DIGITS, VIT, "--name run --output", tmp_path, processes=2, config=tmp_path / "fsdp.yaml"
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_summary(tmp_path / "run")["environment"]["sharding"] == "fsdp2"
+
+
+def test_deepspeed_is_refused(tmp_path):
+    env = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    process = start_script("train_cls", tmp_path / "log", DIGITS, VIT, "--name run --output", tmp_path / "out", env=env)
+    assert process.wait() == [2]
+    (line,) = [line for line in process.text.splitlines() if line.startswith("error: ")]
+    assert "DeepSpeed" in line and "FSDP2" in line and "recipes/accelerate/fsdp.yaml" in line
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -150,6 +151,28 @@ def test_a_moving_average_in_channels_last_format_is_saved(accelerator, tmp_path
     save_checkpoint(tmp_path, 1, {}, accelerator, training.trained._replace(ema=ema), 2)
     load_checkpoint(tmp_path / "update-00000001", training.trained._replace(ema=again))
     assert torch.equal(again[0].weight, ema[0].weight)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
+def test_a_fused_optimiser_of_channels_last_weights_goes_on_in_the_same_bits(
+    accelerator, tmp_path, optimizer
+):
+    """It goes through weights and moments in the order of their memory."""
+    models = [student_of(seed).to(memory_format=torch.channels_last) for seed in range(2)]
+    whole, resumed = (Trained(m, None, optimizer(m.parameters(), lr=0.1, fused=True)) for m in models)
+
+    def step(trained: Trained, seed: int) -> None:
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        trained.student(images).square().mean().backward()
+        trained.optimizer.step()
+        trained.optimizer.zero_grad()
+
+    step(whole, 0)
+    save_checkpoint(tmp_path, 1, {}, accelerator, whole, 2)
+    load_checkpoint(tmp_path / "update-00000001", resumed)
+    for trained in (whole, resumed):
+        step(trained, 1)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
 
 
 def test_a_run_without_a_moving_average_saves_none(accelerator, tmp_path):

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from helpers import refused
+from helpers import on_processes, refused
 from images.pictures import evaluate, flat, options, process, same, serve, take
 from PIL import Image
 
 from train_cls import validate
 from w2s.engine.stopping import Stopping
 from w2s.images.data import load_data
+from w2s.images.loading import train_batches
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,24 @@ def test_a_resumed_stream_gives_exactly_the_batches_that_are_left(shards, worker
 def test_a_stream_resumed_within_an_epoch_augments_as_the_uninterrupted_one(shards, workers):
     whole, resumed = (streamed(shards, start, 5 - start, workers, no_aug=False, pad_crop=4) for start in (0, 2))
     assert same(resumed, whole[2:])
+
+
+def read_by_process(accelerator, folder, start: int) -> list[list[int]]:
+    """The batches that one process reads of an epoch of 4, from batch `start` on."""
+    given = {"dataset": "wds/", "data_dir": str(folder), "train_split": "train", "val_split": "val", "num_classes": 3}
+    args, config = options(**given, no_aug=True, workers=2, batch_size=6)
+    train = load_data(args, config, accelerator, cache="auto").train
+    batches = train_batches(
+        train, accelerator, batch_size=6, batches_per_epoch=4, start=start, seed=args.seed, workers=args.workers
+    )
+    return [numbers(images) for images, _ in take(batches, 4 - start)]
+
+
+def test_processes_share_out_the_shards_of_a_stream_and_resume_with_what_is_left_of_theirs(shards):
+    """Two processes of two workers each: each of the four shards of 12 has one reader."""
+    one, other = on_processes(2, read_by_process, shards, 0)
+    assert sorted(flat(one) + flat(other)) == list(range(48))
+    assert on_processes(2, read_by_process, shards, 1) == [one[1:], other[1:]]
 
 
 def test_a_stream_with_more_workers_than_shards_is_refused(shards):

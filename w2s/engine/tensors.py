@@ -121,10 +121,15 @@ def _put_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> object
 
 
 def _room_for(name: str, entry: TensorStorageMetadata, parameters: list[nn.Parameter]) -> Tensor:
-    """A tensor to read one of the optimiser into: sharded as its parameter is, if it has that parameter's shape."""
+    """A tensor to read one of the optimiser into: laid out and sharded as its parameter, if it has that one's shape.
+
+    A fused optimiser goes through both in the order of their memory, which may be NHWC.
+    """
     dtype, (_, kind, index, *_) = entry.properties.dtype, name.split(".")
     parameter = parameters[int(index)] if kind == "state" and index.isdigit() else None
-    if isinstance(parameter, dtensor.DTensor) and parameter.shape == entry.size:
+    if parameter is None or parameter.shape != entry.size:
+        return torch.empty(entry.size, dtype=dtype)
+    if isinstance(parameter, dtensor.DTensor):
         layout = {"device_mesh": parameter.device_mesh, "placements": parameter.placements}
         return dtensor.empty(*entry.size, dtype=dtype, **layout)
-    return torch.empty(entry.size, dtype=dtype)
+    return torch.empty_like(parameter, dtype=dtype, device="cpu", requires_grad=False)

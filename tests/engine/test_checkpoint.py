@@ -154,9 +154,7 @@ def test_a_moving_average_in_channels_last_format_is_saved(accelerator, tmp_path
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
-def test_a_fused_optimiser_of_channels_last_weights_goes_on_in_the_same_bits(
-    accelerator, tmp_path, optimizer
-):
+def test_a_fused_optimiser_of_channels_last_weights_goes_on_in_the_same_bits(accelerator, tmp_path, optimizer):
     """It goes through weights and moments in the order of their memory."""
     models = [student_of(seed).to(memory_format=torch.channels_last) for seed in range(2)]
     whole, resumed = (Trained(m, None, optimizer(m.parameters(), lr=0.1, fused=True)) for m in models)

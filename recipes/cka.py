@@ -25,7 +25,6 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,6 +37,7 @@ from w2s.engine.errors import InputError
 from w2s.engine.main import call_main
 from w2s.engine.parsing import positive_int
 from w2s.engine.teaching import early_phase
+from w2s.engine.tensors import read_part
 from w2s.images.loading import eval_loader
 from w2s.images.teacher import ImageTeacher
 from w2s.losses import kl_softmax
@@ -185,8 +185,7 @@ def checkpoints(run: Path) -> dict[int, Path]:
 
 def load_student(student: nn.Module, checkpoint: Path) -> nn.Module:
     """The student with the weights of a checkpoint; branches beside it are left out."""
-    averaged = checkpoint / "ema.safetensors"
-    weights = load_file(averaged if averaged.is_file() else checkpoint / "model.safetensors")
+    weights = read_part(checkpoint, "ema") or read_part(checkpoint, "student")
     if any(name.startswith("student.") for name in weights):
         weights = {name[8:]: tensor for name, tensor in weights.items() if name.startswith("student.")}
     student.load_state_dict(weights)

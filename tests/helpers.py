@@ -344,14 +344,6 @@ def weights_of(folder: Path, part: str = "model") -> bytes:
 
 def checkpoint_tensors(path: Path, part: str = "student") -> dict:
     """The tensors of a part of a checkpoint: student, ema or optimizer."""
-    import torch
-    import torch.distributed.checkpoint as dcp
+    from w2s.engine.tensors import read_part
 
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    found = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith(f"{part}.")
-    }
-    dcp.load(found, checkpoint_id=path, no_dist=True)
-    return {name.removeprefix(f"{part}."): tensor for name, tensor in found.items()}
+    return read_part(path, part)

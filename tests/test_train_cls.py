@@ -1541,8 +1541,8 @@ def test_the_moving_average_is_evaluated_and_exported(tmp_path):
     folder = run(tmp_path, "run", "--model-ema --model-ema-decay 0.5 --epochs 1")
     assert read_summary(folder)["weights"] == "ema"
     checkpoint = folder / "checkpoints" / "update-00000004"
-    exported, raw = load_file(folder / "model" / "model.safetensors"), load_file(checkpoint / "model.safetensors")
-    average = load_file(checkpoint / "ema.safetensors")
+    exported, raw = load_file(folder / "model" / "model.safetensors"), checkpoint_tensors(checkpoint)
+    average = checkpoint_tensors(checkpoint, "ema")
     assert exported.keys() == raw.keys() == average.keys()
     assert all(torch.equal(exported[name], average[name]) for name in exported)
     assert not torch.equal(exported["fc.weight"], raw["fc.weight"])

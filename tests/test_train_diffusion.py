@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
-from helpers import call_script, read_rows, read_summary, start_script, timeless, watching_forwards
+from helpers import call_script, checkpoint_tensors, read_rows, read_summary, start_script, timeless, watching_forwards
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -122,12 +122,10 @@ def test_baseline_exports_are_pipelines_with_the_moving_average(baseline):
     best = min(read_rows(folder), key=lambda row: float(row[LABEL]))
     assert (weights(folder) == weights(folder, "best")) == (best["update"] == "8")
     checkpoint = folder / "checkpoints" / "update-00000008"
-    from safetensors.torch import load_file
-
-    ema = load_file(checkpoint / "ema.safetensors")
+    ema = checkpoint_tensors(checkpoint, "ema")
     exported = load_denoiser(str(folder))[0].state_dict()
     assert all(torch.equal(ema[name], tensor) for name, tensor in exported.items())
-    raw = load_file(checkpoint / "model.safetensors")
+    raw = checkpoint_tensors(checkpoint)
     assert any(not torch.equal(raw[name], tensor) for name, tensor in exported.items())
 
 

@@ -54,6 +54,8 @@ def options(**changes: object) -> SimpleNamespace:
         ({"clip_mode": "value"}, ["--clip-mode value"]),
         ({"opt": "muon"}, ["--opt muon", "adamw"]),
         ({"torchcompile": "inductor"}, ["--torchcompile"]),
+        ({"kd_balance": True}, ["--kd-balance", "FSDP2"]),
+        ({"kd_term": "nd"}, ["--kd-term", "FSDP2"]),
     ],
 )
 def test_options_that_need_whole_weights_are_refused(changes, words):

@@ -83,7 +83,7 @@ def settle_options(args, accelerator: accelerate.Accelerator) -> None:
     """Refuse what sharded weights do not go with, and leave out the memory format.
 
     Raises:
-        InputError: fp16, AGC, an optimiser that needs whole weights, or --torchcompile.
+        InputError: fp16, AGC, an optimiser that needs whole weights, or what was not tried.
     """
     if accelerator.scaler is not None:
         raise InputError("fp16 is not supported under FSDP2; use --mixed_precision bf16")
@@ -93,6 +93,9 @@ def settle_options(args, accelerator: accelerate.Accelerator) -> None:
         raise InputError(f"--opt {args.opt} does not go with FSDP2; these do: {', '.join(OPTIMIZERS)}")
     if args.torchcompile:
         raise InputError("--torchcompile was not tried under FSDP2; leave one of the two out")
+    for option in ("kd_term", "kd_target", "kd_balance"):
+        if getattr(args, option, None):
+            raise InputError(f"--{option.replace('_', '-')} was not tried under FSDP2; leave one of the two out")
     args.channels_last = False  # weights in NHWC are not contiguous and cannot be cut into parts
 
 

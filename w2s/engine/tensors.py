@@ -74,6 +74,19 @@ def read_tensors(folder: Path, trained: Trained) -> None:
         trained.scaler.load_state_dict(rest["scaler"])
 
 
+def read_part(folder: Path, part: str) -> dict[str, Tensor]:
+    """The whole tensors of a part, student or ema, by their names in its module; none where there is no such part."""
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith(f"{part}.")
+    }
+    if found:
+        dcp.load(found, checkpoint_id=folder, no_dist=True)
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in found.items()}
+
+
 def tensor_names(folder: Path) -> set[str]:
     """The names of all tensors in a folder: student.*, ema.* and optimizer.*."""
     return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)

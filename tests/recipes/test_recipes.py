@@ -82,7 +82,7 @@ def is_distillation(key: str) -> bool:
 
 def test_there_are_recipes():
     assert {"cifar10_r50_w2s", "imagenet_r50_r18", "digits_w2s"} <= set(RECIPES)
-    assert len(CONFIGS) == 5
+    assert len(CONFIGS) == 6
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -139,9 +139,10 @@ def test_accelerate_accepts_the_config(path):
         "one_gpu": (1, "bf16"),
         "one_node_8gpu": (8, "bf16"),
         "two_nodes": (16, "bf16"),
+        "fsdp": (8, "bf16"),
     }[path.stem]
     assert (args.num_processes, args.mixed_precision, from_file) == (processes, precision, True)
-    assert args.multi_gpu == (processes > 1)
+    assert (args.multi_gpu, args.use_fsdp) == (processes > 1 and path.stem != "fsdp", path.stem == "fsdp")
     assert args.use_cpu == path.stem.startswith("cpu")
     assert config.num_machines == int(args.num_machines) == (2 if path.stem == "two_nodes" else 1)
     assert f"recipes/accelerate/{path.name}" in line

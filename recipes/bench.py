@@ -220,7 +220,7 @@ def measure(bench: Bench, rounds: int, count: int) -> dict:
         "batch": batch,
         "cache": bench.task.cache,
         "threads": torch.get_num_threads(),
-        "environment": environment(bench.run.accelerator),
+        "environment": environment(bench.run.accelerator, earlier=[]),
     }
 
 

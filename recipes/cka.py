@@ -161,7 +161,11 @@ def _relative_variance(gradients: Tensor) -> Tensor:
 def gradients_of(
     choice: Choice, student: nn.Module, teacher: ImageTeacher, batches: Sequence, *, weight: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """g_i and d_i of `variance_removed`, (K, parameters) each, as in training."""
+    """g_i and d_i of `variance_removed`, (K, parameters) each, in training mode.
+
+    L_kd is the KL of the logits and lambda the plateau, --kd-weight, also for a run whose lambda faded or was a ratio of
+    gradients, or that learnt more than logits: what a teacher removes at full weight, not what it did in that run.
+    """
     alone, taught = [], []
     for images, targets in batches:
         model = copy.deepcopy(student).train()

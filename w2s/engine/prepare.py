@@ -8,7 +8,6 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from w2s.distillation import Distillation
-from w2s.engine.errors import InputError
 from w2s.engine.optim import build_ema
 from w2s.engine.plan import Plan
 from w2s.engine.run import Run
@@ -40,17 +39,12 @@ def prepare_job(
         trained: the student with what is trained beside it; None for the student alone.
         export: writes a model into a folder.
         run, plan, kd, optimizer, scheduler, flops, terms: see `Job`.
-
-    Raises:
-        InputError: FSDP2 and something that is trained beside the student.
     """
     ema, accelerator = build_ema(args, student), run.accelerator
     if args.torchcompile:
         compiled.compile(backend=args.torchcompile)
         kd.compile(args.torchcompile)
     if run.shards:
-        if trained not in (None, student):
-            raise InputError("FSDP2 shards the student alone: leave out --kd-term and --kd-target, which train more")
         export = exporting_whole(export, student, run.is_main)
         model, optimizer = shard(accelerator, student, ema and ema.module, optimizer)
         run.stopping.keep_in_step(ema.module if ema else student)

@@ -220,9 +220,9 @@ def validate(args, run: Run, model: Callable[[Tensor], Tensor], dataset: Dataset
     for images, targets in run.stopping.polled(loader):
         with accelerator.autocast():
             logits = model(images).float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        found = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.full_like(loss, len(targets))])
+        sums += torch.stack([found[:, 0].sum(), found.sum(), loss, torch.full_like(loss, len(targets))])
     run.stopping.end_evaluation()
     top1, top5, loss, count = accelerator.reduce(sums, "sum").tolist()
     expected = getattr(dataset, "total", None) or len(dataset)

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 from torch.distributed import tensor as dtensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp says so in every run of one process
 REST = "rest.pt"  # what of the optimiser and the gradient scaler is no tensor
@@ -61,8 +61,7 @@ def read_tensors(folder: Path, trained: Trained) -> None:
         ValueError, OSError, and what torch raises for a damaged file: the folder does not fit, or cannot be read.
     """
     rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
-    metadata: Metadata = dcp.FileSystemReader(folder).read_metadata()
-    stored = {name: entry for name, entry in metadata.state_dict_metadata.items() if _is_tensor(entry)}
+    stored = {name: entry for name, entry in _entries(folder).items() if _is_tensor(entry)}
     tensors = _module_tensors(trained)
     _check_fit(tensors, {name: entry for name, entry in stored.items() if not name.startswith("optimizer.")})
     parameters = [p for group in trained.optimizer.param_groups for p in group["params"]]
@@ -76,10 +75,9 @@ def read_tensors(folder: Path, trained: Trained) -> None:
 
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:
     """The whole tensors of a part, student or ema, by their names in its module; none where there is no such part."""
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
+        for name, entry in _entries(folder).items()
         if name.startswith(f"{part}.")
     }
     if found:
@@ -89,7 +87,12 @@ def read_part(folder: Path, part: str) -> dict[str, Tensor]:
 
 def tensor_names(folder: Path) -> set[str]:
     """The names of all tensors in a folder: student.*, ema.* and optimizer.*."""
-    return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    return set(_entries(folder))
+
+
+def _entries(folder: Path) -> dict[str, object]:
+    """What a folder holds under each name, without reading it."""
+    return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
 
 
 def _is_tensor(entry: object) -> bool:

@@ -126,7 +126,7 @@ class TermState(nn.Module):
         loss = reduce(loss, "mean")
         linear = TAID_START + (TAID_END - TAID_START) * (self.updates / self.length).clamp_max(1)
         moved = moved_target(
-            *(self.t, self.momentum, self.previous, loss, linear), step=TAID_STEP, beta=TAID_BETA, end=TAID_END
+            self.t, self.momentum, self.previous, loss, linear, step=TAID_STEP, beta=TAID_BETA, end=TAID_END
         )
         for buffer, value in zip((self.t, self.momentum, self.previous), (*moved, loss), strict=True):
             buffer.copy_(torch.where(loss.isfinite(), value, buffer))

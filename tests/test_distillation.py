@@ -15,11 +15,13 @@ from w2s.teacher import Teacher
 SCORE = {"model": "linear", "switch": 60.0, "report": 59.0, "params": 6, "checkpoint": "somewhere"}
 
 
-def distillation(control: str | None = None, unit: str = "epoch", **options) -> Distillation:
+def distillation(
+    control: str | None = None, unit: str = "epoch", running: RunningScores | None = None, **options
+) -> Distillation:
     """Ten updates an epoch; lambda 2 held for 4 units and gone after 6, unless `options` say otherwise."""
     phase = EarlyPhase(**{"weight": 2.0, "hold": 4.0, "decay": 2.0, "patience": 2, **options})
     made = Control(kind=control, seed_of=lambda update, micro: 100 * update + micro) if control else None
-    kd = Distillation(phase, control=made, unit=unit, updates_per_epoch=10)
+    kd = Distillation(phase, control=made, unit=unit, updates_per_epoch=10, running=running)
     kd.teacher = Teacher(nn.Linear(2, 3), name="linear", source="somewhere", device="cpu")
     kd.score = dict(SCORE)
     return kd
@@ -31,10 +33,8 @@ def hits(outputs, labels):
 
 def test_running_scores_decide_without_a_switch_split():
     """The student is right in 3 of 4, the teacher in 2 of 4; at the second evaluation in a row it is passed."""
-    kd = distillation()
+    kd = distillation(running=RunningScores())
     kd.score["switch"] = None
-    kd.running = RunningScores()
-    kd._measured["running"] = kd.running
     labels, eye = torch.tensor([0, 1, 2, 2]), torch.eye(3)
     for update in (0, 1):
         kd.advance(update)

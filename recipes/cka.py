@@ -163,8 +163,8 @@ def gradients_of(
 ) -> tuple[Tensor, Tensor]:
     """g_i and d_i of `variance_removed`, (K, parameters) each, in training mode.
 
-    L_kd is the KL of the logits and lambda the plateau, --kd-weight, also for a run whose lambda faded or was a ratio of
-    gradients, or that learnt more than logits: what a teacher removes at full weight, not what it did in that run.
+    L_kd is the KL of the logits and lambda the plateau, --kd-weight, also for a run whose lambda faded or was a ratio
+    of gradients, or that learnt more than logits: what a teacher removes at full weight, not what it did in that run.
     """
     alone, taught = [], []
     for images, targets in batches:

@@ -99,6 +99,50 @@ def watching_forwards(see) -> Iterator[None]:
         handle.remove()
 
 
+@contextlib.contextmanager
+def signal_in_evaluation(forward: int, is_model) -> Iterator[list]:
+    """A real SIGTERM in a forward of the first evaluation, counted from 0; gives how many images each forward had.
+
+    `is_model(module)` tells whole models from their parts.
+    """
+    seen = []
+
+    def see(module, inputs: tuple) -> None:
+        if is_model(module) and not module.training and inputs[0][0].device.type != "meta":  # FLOPs are counted there
+            if len(seen) == forward:
+                signal.raise_signal(signal.SIGTERM)
+            seen.append(len(inputs[0]))
+
+    with watching_forwards(see):
+        yield seen
+
+
+@contextlib.contextmanager
+def under_a_scaler() -> Iterator[list[bool]]:
+    """Give the runs in the block a gradient scaler, as fp16 does on a GPU; gives for each step whether it was fused."""
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    from w2s.engine import run
+
+    build, fused = run.build_accelerator, []
+
+    def with_scaler(*args: object, **options: object):
+        accelerator = build(*args, **options)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+    def see(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        fused.append(bool(optimizer.param_groups[0].get("fused")))
+
+    handle = register_optimizer_step_pre_hook(see)
+    try:
+        with mock.patch.object(run, "build_accelerator", with_scaler):
+            yield fused
+    finally:
+        handle.remove()
+
+
 # ---- data ----
 
 

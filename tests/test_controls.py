@@ -58,6 +58,31 @@ def test_a_cyclic_permutation_leaves_no_row_in_its_place(count):
         assert all(row != place for place, row in enumerate(order))
 
 
+def test_the_order_is_asked_for_on_the_device_of_the_outputs():
+    teacher = Teacher(torch.nn.Linear(3, 10), name="linear", source="nowhere", device="meta")
+    asked = []
+
+    def permutation(count: int, device: torch.device) -> torch.Tensor:
+        asked.append((count, device.type))
+        return torch.arange(count, device=device)
+
+    assert teacher.shuffled(permutation, torch.zeros(4, 3, device="meta")).shape == (4, 10)
+    assert asked == [(4, "meta")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cyclic_permutation_is_drawn_on_a_gpu_without_waiting_for_it():
+    cyclic_permutation(6, 0, "cuda")  # the context is made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        order = cyclic_permutation(32, 1, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert order.device.type == "cuda"
+    assert sorted(order.tolist()) == list(range(32)) and all(row != k for k, row in enumerate(order.tolist()))
+
+
 def test_shuffled_depends_on_seed_update_process_and_micro_batch_alone():
     logits = torch.randn(64, 10, generator=torch.Generator().manual_seed(1))
     teacher = Teacher(Fixed(logits), name="fixed", source="nowhere", device="cpu")

@@ -38,8 +38,10 @@ from helpers import (
     read_summary,
     refused,
     run_script,
+    signal_in_evaluation,
     start_script,
     timeless,
+    under_a_scaler,
     watching_forwards,
     weights_of,
     words,
@@ -620,23 +622,13 @@ def test_sigterm_saves_and_exits_75(tmp_path, baseline):
     assert_same_run(tmp_path / "run", baseline[0])
 
 
-@contextlib.contextmanager
-def signal_in_evaluation(batch: int):
-    """A real SIGTERM in a batch of the first evaluation, counted from 0; counts the batches that were evaluated."""
-    seen = []
-
-    def see(module: torch.nn.Module, inputs: tuple) -> None:
-        if hasattr(module, "pretrained_cfg") and not module.training and inputs[0].device.type != "meta":
-            if len(seen) == batch:
-                signal.raise_signal(signal.SIGTERM)
-            seen.append(inputs[0].shape)
-
-    with watching_forwards(see):
-        yield seen
+def is_classifier(module: torch.nn.Module) -> bool:
+    return hasattr(module, "pretrained_cfg")
 
 
 def test_sigterm_during_an_evaluation_ends_it_and_the_resumed_run_begins_with_it(tmp_path, stopped):
-    with signal_in_evaluation(2) as evaluated, pytest.raises(Preempted, match="saved at update 4; go on with"):
+    stop = signal_in_evaluation(2, is_classifier)
+    with stop as evaluated, pytest.raises(Preempted, match="saved at update 4; go on with"):
         run(tmp_path, "run", "--epochs 1")
     assert len(evaluated) == 3
     assert read_rows(tmp_path / "run") == [] and read_summary(tmp_path / "run")["status"] == "preempted"
@@ -1441,6 +1433,13 @@ def test_a_dry_run_trains_and_leaves_nothing(what, tmp_path, monkeypatch, capsys
     losses = re.findall(r"update \d+/3 loss (\S+)", capsys.readouterr().err)
     assert len(losses) == 3 and all(0 < float(loss) < 100 for loss in losses)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_step_is_fused_under_a_scaler(tmp_path, tiny_teacher):
+    for more in ("", "--kd-warmup 0 --kd-term nd"):
+        with under_a_scaler() as steps:
+            run(tmp_path, "run", "--dry-run --teacher", tiny_teacher, more)
+        assert steps == [False] * 3
 
 
 def test_a_dry_run_with_a_teacher_leaves_a_run_of_that_name_alone(tmp_path, tiny_teacher):

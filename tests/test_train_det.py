@@ -20,12 +20,15 @@ from helpers import (
     read_rows,
     read_summary,
     refused,
+    signal_in_evaluation,
     start_script,
     timeless,
+    under_a_scaler,
     weights_of,
 )
 from huggingface_hub import ModelCard
 from PIL import Image
+from torchvision.models.detection import FasterRCNN
 
 import train_det
 from w2s.detection.metric import COCO_METRICS
@@ -260,6 +263,12 @@ def test_a_dry_run_leaves_nothing(digits_det, tmp_path, capfd):
     assert "done: AP50" in capfd.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_no_step_is_fused_under_a_scaler(digits_det, tmp_path):
+    with under_a_scaler() as steps:
+        call_script(train_det.main, DETECT, "--dry-run --data", digits_det, "--output", tmp_path)
+    assert steps == [False] * 3
+
+
 @pytest.mark.parametrize(("detector", "lr"), [("retinanet", 0.01), ("fasterrcnn", 0.02)])
 def test_the_defaults_are_torchvisions_reference(detector, lr):
     args = train_det.build_parser().parse_recipe(["--detector", detector])
@@ -308,10 +317,14 @@ def test_killed_within_an_epoch_it_ends_in_the_same_bits(digits_det, teacher, tr
     assert timeless(tmp_path / "run") == timeless(treated)
 
 
-def test_faster_rcnn_stopped_within_an_epoch_ends_in_the_same_bits(digits_det, faster, tmp_path):
+def test_faster_rcnn_stopped_within_an_epoch_and_an_evaluation_ends_in_the_same_bits(digits_det, faster, tmp_path):
     parts = (train_det.main, DETECT, FASTER, FASTER_TAUGHT, faster / "weak", "--resume auto --data", digits_det)
     with stopped_at(3):
         call_script(*parts, "--output", tmp_path)
+    in_evaluation = signal_in_evaluation(1, lambda module: isinstance(module, FasterRCNN))
+    with in_evaluation as evaluated, pytest.raises(Preempted, match="saved at update 7"):
+        call_script(*parts, "--validation-batch-size 2 --output", tmp_path)
+    assert evaluated == [2, 2]  # of seven images
     call_script(*parts, "--output", tmp_path)
     assert "resumed from" in (tmp_path / "taught" / "log.txt").read_text()
     assert weights_of(tmp_path / "taught") == weights_of(faster / "taught")

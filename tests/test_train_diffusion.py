@@ -16,7 +16,17 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
-from helpers import call_script, checkpoint_tensors, read_rows, read_summary, start_script, timeless, watching_forwards
+from helpers import (
+    call_script,
+    checkpoint_tensors,
+    read_rows,
+    read_summary,
+    signal_in_evaluation,
+    start_script,
+    timeless,
+    under_a_scaler,
+    watching_forwards,
+)
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -232,7 +242,11 @@ def test_student_that_surpasses_drops_the_teacher_for_good(run, teacher, tmp_pat
     last = max(i for i, forward in enumerate(forwards) if forward.params == params)
     assert sum(forward.training for forward in forwards[:last]) == 4  # the fifth update is without it
     hidden = teacher.rename(teacher.with_name("hidden"))
+    in_sampling = signal_in_evaluation(0, lambda module: isinstance(module, UNet))
     try:
+        with in_sampling as sampled, pytest.raises(Preempted, match="saved at update 6"):
+            run(tmp_path, "run", *options, "--resume auto")
+        assert sampled == [8]  # the first of two steps, of the first of two batches
         with recorded_forwards() as forwards:
             run(tmp_path, "run", *options, "--resume auto")
     finally:
@@ -392,6 +406,12 @@ def test_dry_run_leaves_nothing(run, teacher, tmp_path, capfd):
     assert not list(tmp_path.iterdir())
     said = capfd.readouterr().err
     assert "3 updates" in said and "done: fd1k_digits-resnet10t" in said and "nothing kept" in said
+
+
+def test_no_step_is_fused_under_a_scaler(run, tmp_path):
+    with under_a_scaler() as steps:
+        run(tmp_path, "run", "--dry-run")
+    assert steps == [False] * 3
 
 
 def test_loss_that_is_not_finite_ends_the_run(run, tmp_path):

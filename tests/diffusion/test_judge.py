@@ -209,6 +209,13 @@ def test_classes_are_sampled_only_where_the_denoiser_has_them(options):
     assert seen[-1].tolist() == [*range(10), 0, 1]
 
 
+def test_features_see_few_images_at_a_time_however_many_are_sampled(options):
+    """Inception enlarges them to 299 px."""
+    options.validation_batch_size = 1000
+    judge = build(options)
+    assert judge.batch_size == 256 and judge.generate_samples.keywords["batch_size"] == 1000
+
+
 def test_cache_that_cannot_be_written_is_named(options, tmp_path):
     (tmp_path / "file").touch()
     options.fd_cache = str(tmp_path / "file" / "cache")

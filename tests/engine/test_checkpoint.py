@@ -356,7 +356,14 @@ def test_a_file_with_wrong_bytes_of_the_right_length_is_refused(accelerator, tmp
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-def save_with_scaler(accelerator: accelerate.Accelerator, root: str) -> tuple[float, bool]:
+def save_with_scaler(accelerator: accelerate.Accelerator, root: str) -> tuple[float, bool, list[str]]:
+    save, written = torch.save, []
+
+    def watched_save(value: object, file: object, *args: object, **options: object) -> None:
+        written.extend([file.name] if isinstance(file, Path) else [])
+        save(value, file, *args, **options)
+
+    torch.save = watched_save  # in this process, which ends after this function
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     training = Training(accelerator, steps=1)
     with torch.no_grad():
@@ -365,11 +372,11 @@ def save_with_scaler(accelerator: accelerate.Accelerator, root: str) -> tuple[fl
     first = broadcast(training.bare[1].running_mean.clone())
     accelerator.scaler.load_state_dict(torch.amp.GradScaler("cpu", init_scale=64.0).state_dict())
     load_checkpoint(path, training.trained)
-    return accelerator.scaler.get_scale(), torch.equal(training.bare[1].running_mean, first)
+    return accelerator.scaler.get_scale(), torch.equal(training.bare[1].running_mean, first), written
 
 
 def test_what_the_first_process_holds_is_written_and_all_read_it(tmp_path):
-    assert on_processes(2, save_with_scaler, str(tmp_path)) == [(4.0, True)] * 2
+    assert on_processes(2, save_with_scaler, str(tmp_path)) == [(4.0, True, ["rest.pt"]), (4.0, True, [])]
 
 
 def read_on_a_disk_of_its_own(accelerator: accelerate.Accelerator, root: str) -> None:

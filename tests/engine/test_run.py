@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import refused
+from helpers import on_processes, refused
 
+import w2s.engine.checkpoint
 from train_cls import build_parser, resolve
 from w2s.engine.checkpoint import plain
-from w2s.engine.errors import Finished
+from w2s.engine.errors import Finished, InputError
 from w2s.engine.files import LOCK
 from w2s.engine.launch import default_precision, environment
+from w2s.engine.run import Run
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,28 @@ def test_a_finished_run_is_not_resumed(run_of, tmp_path):
         run_of(resume="auto")
 
 
+def resumed_on_a_disk_of_its_own(accelerator: accelerate.Accelerator, root: str) -> None:
+    w2s.engine.checkpoint.READ_PATIENCE = 0.5
+    os.chdir(Path(root) / str(accelerator.process_index))
+    command = "--dataset digits --model resnet10t --batch-size 32 --output output --name run --resume auto"
+    args = build_parser().parse_recipe(command.split())
+    resolve(args)
+    Run(args, task="cls")
+
+
+def test_a_run_is_not_resumed_where_one_process_cannot_read_what_the_main_one_has_chosen(tmp_path):
+    """Its machine has a disk of its own, where no run has begun."""
+    folder = tmp_path / "0" / "output" / "run"
+    leave_run(folder, batch_size=32)
+    (folder / "checkpoints" / "update-00000001").mkdir(parents=True)
+    state = {"update": 1, "files": {}, "mixed_precision": "no", "sizes": [2], "batch": 64}
+    (folder / "checkpoints" / "update-00000001" / "state.json").write_text(json.dumps(state))
+    (tmp_path / "1").mkdir()
+    for error in on_processes(2, resumed_on_a_disk_of_its_own, str(tmp_path)):
+        assert isinstance(error, InputError) and "process 1 on " in str(error)
+        assert "update-00000001" in str(error) and "all machines share" in str(error)
+
+
 @pytest.mark.parametrize("text", ["", "- a\n", "lr: [\n"])
 def test_a_run_with_a_broken_args_yaml_is_refused(run_of, tmp_path, text):
     leave_run(tmp_path / "run")
@@ -139,6 +163,15 @@ def test_a_run_with_a_broken_args_yaml_is_refused(run_of, tmp_path, text):
 def test_a_run_that_keeps_nothing_looks_at_no_folder(run_of, tmp_path, option):
     leave_run(tmp_path / "run", epochs=7)
     assert run_of(**{option: True}).keeps is False
+
+
+def test_the_clock_of_a_run_waits_for_its_device(run_of, monkeypatch):
+    """Of any kind that is not the CPU."""
+    waits = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(accelerate.Accelerator, "device", torch.device("meta"))
+    run_of().clock.start()
+    assert waits == [1]
 
 
 def test_the_randomness_of_an_update_is_a_function_of_seed_update_and_micro_batch(run_of):

@@ -29,9 +29,7 @@ def job_of(run_of):
         run.accelerator.scaler = scaler
         run.stopping = Stopping(run.accelerator)
         args = run.parsed
-        optimizer, scheduler = build_optimizer(
-            args, student, lr=0.1, length=10, updates_per_unit=10, fused=scaler is None
-        )
+        optimizer, scheduler = build_optimizer(args, student, lr=0.1, length=10, updates_per_unit=10, fused=run.fuses)
         job = prepare_job(
             args,
             run,
@@ -81,6 +79,21 @@ def test_an_update_that_the_scaler_skips_is_counted_and_changes_nothing(job_of):
     row = job.run.record.rows[0]
     assert row["update"] == 6 and math.isfinite(row["train_loss"])
     assert job.run.record.summary()["skipped_updates"] == 1
+
+
+def test_each_step_draws_the_same_numbers_on_all_processes(job_of):
+    """They have seen other images, by other random numbers."""
+    job, seeds = job_of(), []
+    job.optimizer.optimizer.register_step_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    for process in range(2):
+        job.update = 0
+
+        def factor(update: int, process: int = process) -> float:
+            torch.manual_seed(10 * process + update)
+            return 1.0
+
+        train(job, 3, factor)
+    assert seeds[:3] == seeds[3:] and len(set(seeds)) == 3
 
 
 def test_where_every_update_was_skipped_there_is_no_mean_loss(job_of):
@@ -192,6 +205,8 @@ def test_an_update_that_compiled_is_left_out_of_the_train_seconds(job_of, monkey
         return graph.forward
 
     job = job_of(student)
+    job.distillation.teacher = teacher = Teacher(nn.Identity(), "it", "here", torch.device("cpu"))
+    teacher.forward = lambda late: time.sleep(0.2 if late else 0)
     monkeypatch.setattr(job.run.clock, "now", lambda: seconds)
     torch._dynamo.reset()
     student.compile(backend=slow)
@@ -199,13 +214,15 @@ def test_an_update_that_compiled_is_left_out_of_the_train_seconds(job_of, monkey
     def factor(update: int) -> float:
         nonlocal seconds
         seconds += 1.0
-        student.late = update >= 4
+        student.late = update >= 1  # from the next forward on
+        teacher(update == 2)
         return 1.0
 
     train(job, 10, factor=factor)
     torch._dynamo.reset()
     assert len(compiled) == 2
-    assert job.run.clock.train_seconds == 7.0  # ten updates but for the first two, which warm up, and the sixth
+    assert job.run.clock.train_seconds == 7.0  # ten updates but for the first two, which warm up, and the third
+    assert job.distillation.take_seconds() < 0.1  # of the teacher, which was slow in the third alone
 
 
 def test_the_teachers_time_leaves_out_what_the_student_leaves_out():

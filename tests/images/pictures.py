@@ -1,4 +1,4 @@
-"""Pictures, options and loaders for the tests of the images room."""
+"""Pictures, models, options and loaders for the tests of the images room."""
 
 import itertools
 import shutil
@@ -9,10 +9,12 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import Dataset
 
 from train_cls import build_parser, resolve
 from w2s.images.loading import eval_loader, train_batches
+from w2s.images.models import create_model
 
 
 class Pictures(Dataset):
@@ -61,6 +63,36 @@ def hf_folder(
     table.to_parquet(str(root / "train.parquet"))
     shutil.copy(root / "train.parquet", root / "test.parquet")
     return root
+
+
+TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}  # of a resnet10t
+
+
+def model_of(
+    name: str = "resnet10t", *, seed: int = 0, size: int = 32, mean: tuple = (), std: tuple = (), **options: object
+) -> nn.Module:
+    """A small model with random weights and statistics, so that every tensor shows in what it gives.
+
+    Args:
+        name: a resnet10t is made narrow.
+        size: of its images, by its pretrained_cfg.
+        mean, std: of their pixels; 0.5 if not given.
+        options: for `create_model`.
+    """
+    torch.manual_seed(seed)
+    if name == "resnet10t":
+        options["model_kwargs"] = TINY | (options.get("model_kwargs") or {})
+    model = create_model(name, **{"num_classes": 10, "img_size": size} | options)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if key.endswith("running_var"):
+                tensor.uniform_(0.5, 2)
+            elif tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)
+    half = (0.5,) * options.get("in_chans", 3)
+    own = {"input_size": (len(half), size, size), "mean": mean or half, "std": std or half}
+    model.pretrained_cfg = {**model.pretrained_cfg, **own}
+    return model
 
 
 def options(**changes: object):

@@ -7,33 +7,15 @@ import pytest
 import timm
 import torch
 from helpers import refused
+from images.pictures import TINY, model_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from w2s.engine.errors import InputError
 from w2s.images.models import create_model, export, find_model, load_folder, load_weights
 
-TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}  # of a resnet10t
 TINY_VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SIZE = 32
-
-
-def model_of(name: str = "resnet10t", seed: int = 0, size: int = SIZE, **options: object) -> nn.Module:
-    """A small model in eval mode with random weights and statistics, so that every tensor shows in the logits."""
-    torch.manual_seed(seed)
-    if name == "resnet10t":
-        options["model_kwargs"] = TINY | (options.get("model_kwargs") or {})
-    model = create_model(name, **{"num_classes": 10, "img_size": size} | options).eval()
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            if key.endswith("running_var"):
-                tensor.uniform_(0.5, 2)
-            elif tensor.is_floating_point():
-                tensor.add_(torch.randn_like(tensor), alpha=0.1)
-    channels = options.get("in_chans", 3)
-    own = {"input_size": (channels, size, size), "mean": (0.5,) * channels, "std": (0.25,) * channels}
-    model.pretrained_cfg = {**model.pretrained_cfg, **own}
-    return model
 
 
 @torch.no_grad()
@@ -162,7 +144,7 @@ def test_an_export_read_back_can_be_exported_again(tmp_path, options):
 
 
 def test_an_export_carries_the_size_and_normalisation_of_its_run(tmp_path):
-    export(model_of(), tmp_path / "model")
+    export(model_of(std=(0.25,) * 3), tmp_path / "model")
     config = timm.data.resolve_model_data_config(load_folder(tmp_path / "model"))
     assert config["input_size"] == (3, 32, 32)
     assert (list(config["mean"]), list(config["std"])) == ([0.5] * 3, [0.25] * 3)

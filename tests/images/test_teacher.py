@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import refused
+from images.pictures import TINY, model_of
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,25 +18,8 @@ from w2s.images.models import create_model, export
 from w2s.images.teacher import ImageTeacher, renormalisation
 from w2s.images.teacher_models import load_teacher
 
-TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}  # of a resnet10t
 TINY_VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def model_of(
-    seed: int = 0, size: int = 32, mean=(0.5,) * 3, std=(0.5,) * 3, in_chans: int = 3, num_classes: int = 10
-) -> nn.Module:
-    """A small resnet10t with weights and statistics that show in the logits."""
-    torch.manual_seed(seed)
-    model = create_model("resnet10t", num_classes, in_chans, model_kwargs=TINY)
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            if key.endswith("running_var"):
-                tensor.uniform_(0.5, 2)
-            elif tensor.is_floating_point():
-                tensor.add_(torch.randn_like(tensor), alpha=0.1)
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (in_chans, size, size), "mean": mean, "std": std}
-    return model
 
 
 def pixels(batch: int = 4, channels: int = 3, size: int = 32) -> torch.Tensor:

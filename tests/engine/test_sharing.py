@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import train_cls
 from w2s.compare.runs import read_run
+from w2s.engine.card import METHOD_DEFAULTS
 from w2s.engine.sharing import check_hub, share_folder
 from w2s.record import BOOKKEEPING_OPTIONS
 from w2s.share.__main__ import main
@@ -88,8 +89,9 @@ def hub(monkeypatch):
 def taught(tiny_teacher, tmp_path_factory) -> Path:
     """A finished run with a teacher; it reaches one of its targets."""
     output = tmp_path_factory.mktemp("taught")
-    options = ("--epochs 1 --kd-warmup 0 --kd-off 0.5 --target 1 99.5 --small-stem --name taught --output", output)
-    call_script(train_cls.main, DIGITS, RESNET, "--teacher", tiny_teacher, *options)
+    phase = "--kd-warmup 0 --kd-off 0.5 --kd-balance"
+    options = ("--epochs 1 --target 1 99.5 --small-stem --name taught --output", output)
+    call_script(train_cls.main, DIGITS, RESNET, phase, "--teacher", tiny_teacher, *options)
     return output / "taught"
 
 
@@ -110,6 +112,7 @@ def test_a_finished_run_becomes_a_folder_that_others_load(taught):
     assert ["99.5", *["not reached"] * 6] in rows
     assert ["model", "resnet10t"] in rows and ["torch", torch.__version__] in rows
     assert ["silent from", "epoch 0.5, update 2: as --kd-off said"] in rows
+    assert ["other options", "`--kd-off 0.5 --kd-balance`"] in rows
     assert {row[0] for row in rows} >= {"train seconds", "of these in the teacher", "PFLOPs"}
     for line in ("import w2s.images.models", "train_cls.py -c args.yaml", "Data: digits (", "resnet10t"):
         assert line in card.text
@@ -117,6 +120,11 @@ def test_a_finished_run_becomes_a_folder_that_others_load(taught):
     assert read_run(folder).summary["targets"].keys() == {"1", "99.5"}  # the comparison reads it
     options = yaml.safe_load((folder / "args.yaml").read_text())
     assert options["small_stem"] and not options.keys() & set(BOOKKEEPING_OPTIONS)
+
+
+def test_options_that_a_card_leaves_out_are_the_defaults():
+    defaults = vars(train_cls.build_parser().parse_args([]))
+    assert {name: defaults[name] for name in METHOD_DEFAULTS} == METHOD_DEFAULTS
 
 
 def test_a_student_alone_and_a_second_time(tiny_teacher, capsys):

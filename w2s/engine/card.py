@@ -9,8 +9,18 @@ from w2s.crossing import AXES
 
 PIPELINES = {"cls": "image-classification", "det": "object-detection", "diffusion": "unconditional-image-generation"}
 AXIS_TITLES = ("epoch", "update", "samples", "train seconds", "total seconds", "PFLOPs")
+# options of the method beside its weight and temperature, and what they are where nobody has asked for them
+METHOD_DEFAULTS = {
+    "kd_off": "surpass",
+    "kd_fade": False,
+    "kd_balance": False,
+    "kd_term": None,
+    "kd_term_weight": 1.0,
+    "kd_target": None,
+}
 KD_OFF_REASONS = {
     "surpass": "the student had beaten it on held-out data",
+    "running": "the student had beaten it on the batches of training",
     "window": "its window had ended",
     "fixed": "as --kd-off said",
 }
@@ -152,12 +162,21 @@ def _teacher(run: FinishedRun) -> str:
     ]
     if control := run.summary.get("kd_control"):
         rows.append(["in its place (control)", control])
+    given = {name: options.get(name, default) for name, default in METHOD_DEFAULTS.items()}
+    if chosen := [_option(name, value) for name, value in given.items() if value != METHOD_DEFAULTS[name]]:
+        rows.append(["other options", f"`{' '.join(chosen)}`"])
     if off:
-        why = KD_OFF_REASONS.get(off["reason"], off["reason"])
+        reason = "running" if off["reason"] == "surpass" and options["kd_off"] == "running" else off["reason"]
+        why = KD_OFF_REASONS.get(reason, reason)
         rows.append(["silent from", f"epoch {_number(off['epoch'])}, update {off['update']}: {why}"])
     else:
         rows.append(["silent from", "never: it taught to the end"])
     return "## Teacher\n\n" + _table(["", ""], rows)
+
+
+def _option(name: str, value: object) -> str:
+    """An option as it is given on the command line; one that is True is a switch."""
+    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
 
 
 def _cost(run: FinishedRun) -> str:

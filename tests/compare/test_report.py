@@ -107,8 +107,20 @@ def test_the_verdict_of_runs_that_reach_nothing(tmp_path):
     treated = write_runs(tmp_path, "w2s", [[50, 58], [51, 57]])
     assert main(command(base, treated, tmp_path / "out")) == 0
     said = report_of(tmp_path).split("\n\n")[1]
-    assert said.startswith("**treated shows no speedup over baseline, for no target is reached by its median; final")
+    assert said.startswith(
+        "**treated shows no speedup over baseline: the median over the 2 seeds of treated does not reach top1 >= 60; "
+        "final"
+    )
     assert "2 better" in said
+
+
+def test_the_verdict_says_which_arm_reaches_nothing(tmp_path):
+    base = write_runs(tmp_path, "base", [[50, 60], [61, 62], [50, 64]], targets=(60.0, 65.0))
+    treated = write_runs(tmp_path, "w2s", [[50, 58], [51, 57], [50, 60]], targets=(60.0, 65.0))
+    assert main(command(base, treated, tmp_path / "out")) == 0
+    said = report_of(tmp_path).split("\n\n")[1]
+    assert "the median over the 3 seeds of treated does not reach top1 >= 60 or 65, that of baseline reaches 60" in said
+    assert "at epoch 2; final" in said
 
 
 def test_the_verdict_does_not_call_equal_medians_earlier(tmp_path):

@@ -19,7 +19,7 @@ def verdict(result: dict, arms: dict[str, list[RunFolder]]) -> str:
     final = _gain_text(result["gain"][arm]["final"], name=f"final {result['metric']}")
     reached = [target for target, axes in versus.items() if axes[unit]["speedup"] or axes[unit]["lower_bound"]]
     if not reached:
-        return f"{arm} shows no speedup over {reference}, for no target is reached by its median; {final}."
+        return f"{arm} shows no speedup over {reference}: {_nothing_reached_text(result, arms)}; {final}."
     target = reached[-1]
     before = result["targets"][target][reference][unit]["median"]
     after = result["targets"][target][arm][unit]["median"]
@@ -32,6 +32,20 @@ def verdict(result: dict, arms: dict[str, list[RunFolder]]) -> str:
         lead = f"{arm} reaches {goal} at {unit} {number_text(after)} instead of {instead}"
     claims = [_speedup_text(versus[target][axis], name=AXIS_NAMES[axis]) for axis in (unit, "train_seconds")]
     return f"{lead} ({counts}); paired by seed, {' and '.join(claims)}; {final}."
+
+
+def _nothing_reached_text(result: dict, arms: dict[str, list[RunFolder]]) -> str:
+    """That the median of the first arm reaches no target, and which of them the median of the reference reaches."""
+    reference, arm = list(arms)[:2]
+    unit, targets = progress_axis(result), result["targets"]
+    goals = f"{result['metric']} {reaching_sign(result)} {' or '.join(targets)}"
+    seeds = len(arms[arm])
+    runs = f"the median over the {seeds} seeds of {arm}" if seeds > 1 else f"the run of {arm}"
+    text = f"{runs} does not reach {goals}"
+    points = {target: entry[reference][unit]["median"] for target, entry in targets.items()}
+    if reached := [target for target, point in points.items() if point is not None]:
+        text += f", that of {reference} reaches {reached[-1]} at {unit} {number_text(points[reached[-1]])}"
+    return text
 
 
 def _speedup_text(versus: dict, name: str) -> str:

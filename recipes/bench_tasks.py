@@ -150,6 +150,7 @@ class Classification(Task):
             lr=scaled_lr(self.args, self.plan.batch),
             length=self.length,
             updates_per_unit=self.plan.updates_per_epoch,
+            fused=self.run.fuses,
         )
 
     def build_job(
@@ -210,6 +211,7 @@ class Detection(Task):
             lr=lr,
             length=self.length,
             updates_per_unit=self.plan.updates_per_epoch,
+            fused=self.run.fuses,
             **reference_warmup(self.args, lr, self.plan.updates_per_epoch),
         )
 
@@ -267,7 +269,8 @@ class Diffusion(Task):
 
     def build_optimizer(self, student: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
         lr = scaled_lr(self.args, self.plan.batch)
-        return build_optimizer(self.args, student, lr=lr, length=self.length, updates_per_unit=1, unit="updates")
+        steps = {"length": self.length, "updates_per_unit": 1, "unit": "updates", "fused": self.run.fuses}
+        return build_optimizer(self.args, student, lr=lr, **steps)
 
     def build_job(
         self, kd: Distillation, *, student: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Scheduler

@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     term = build_term(
         args, run, plan, kd, student=student, data=data, train_batches=lambda: data_batches(args, run, plan, data)
     )
-    if term.model is not student:  # its branches are trained, too
+    if term.model is not student:  # its branches are trained, too; wrong options were refused before the teacher came
         optimizer, scheduler = build_optimizer(args, term.model, lr=lr, **steps)
     flops = run.state["flops"] if run.state else update_flops(term, student, batch=plan.batch)
 

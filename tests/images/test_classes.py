@@ -101,7 +101,7 @@ def test_a_name_comes_before_a_label(tmp_path):
     ("name", "text", "words"),
     [
         ("map.txt", "cat\ndog\n", ("2 entries, the data have 3 classes",)),
-        ("map.txt", "cat\nzebar\n-\n", ("the teacher has no class 'zebar'", "did you mean 'zebra'?")),
+        ("map.txt", "cat\nzebar\n-\n", ("the teacher has no class 'zebar'", "did you mean zebra?")),
         ("map.txt", "cat\ndog\n5\n", ("the teacher has no class '5'",)),
         ("map.txt", "cat\ndog\ncat\n", ("class 'cat' of the teacher stands for two classes",)),
         ("map.json", '{"horse": "zebra"}', ("the data have no class 'horse'",)),

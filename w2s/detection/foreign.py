@@ -1,7 +1,5 @@
 """torchvision's own detectors, in the form of those that `build_detector` builds."""
 
-import difflib
-
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor
 from torchvision.models import detection, get_model, get_model_weights, list_models
@@ -9,7 +7,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from w2s.detection.config import DetectorConfig
 from w2s.detection.models import ASPECT_RATIOS, FasterRCNN, Float32Anchors, RetinaNet
-from w2s.engine.errors import InputError, first_line
+from w2s.engine.errors import InputError, did_you_mean, first_line
 from w2s.images.classes import Classes
 from w2s.images.foreign import TORCHVISION
 
@@ -43,10 +41,8 @@ def torchvision_detector(
     """
     builder, _, tag = name.removeprefix(TORCHVISION).partition(".")
     if builder not in torchvision_builders():
-        close = difflib.get_close_matches(builder, torchvision_builders(), n=2)
-        raise InputError(
-            f"torchvision has no detector '{builder}'" + (f", did you mean {' or '.join(close)}?" if close else "")
-        )
+        hint = did_you_mean(builder, torchvision_builders(), most=2)
+        raise InputError(f"torchvision has no detector '{builder}'{hint}")
     entries = get_model_weights(builder)
     if tag and tag not in entries.__members__:
         raise InputError(f"torchvision's {builder} has no weights '{tag}', it has {', '.join(entries.__members__)}")

@@ -1,4 +1,7 @@
-"""How a run ends early: each exception is an exit code of the scripts."""
+"""How a run ends early: each exception is an exit code of the scripts. And what goes into their messages."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(Exception):
@@ -15,6 +18,20 @@ class Preempted(Exception):
 
 class Finished(Exception):
     """The run to resume is already complete. Exit code 0."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6, prefix: str = "") -> str:
+    """What was probably meant by a name that does not exist, for the end of a message; "" if nothing is like it.
+
+    Args:
+        name: what was given.
+        known: the names that exist.
+        most: how many of them to name.
+        cutoff: how like it they must be, 0-1.
+        prefix: stands before each of them.
+    """
+    close = difflib.get_close_matches(name, known, n=most, cutoff=cutoff)
+    return f", did you mean {' or '.join(prefix + match for match in close)}?" if close else ""
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

@@ -6,7 +6,6 @@ unknown key or a value of the wrong type is refused in the same way.
 
 import argparse
 import contextlib
-import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from w2s.engine.elsewhere import remedy
-from w2s.engine.errors import InputError, on_one_line
+from w2s.engine.errors import InputError, did_you_mean, on_one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,8 +124,8 @@ class Parser(argparse.ArgumentParser):
         if instead := remedy(name):
             return f": {instead}"
         known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
-        close = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.8)
-        return f", did you mean {dashes}{close[0]}?" if close else "; --help lists those there are"
+        hint = did_you_mean(name.replace("_", "-"), known, cutoff=0.8, prefix=dashes)
+        return hint or "; --help lists those there are"
 
     def _recipe_tokens(self, path: Path) -> list[str]:
         recipe = read_recipe(path)

@@ -1,6 +1,5 @@
 """Teachers of other classes: which class of the teacher stands for which class of the student."""
 
-import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from w2s.engine.errors import InputError, on_one_line
+from w2s.engine.errors import InputError, did_you_mean, on_one_line
 
 NOTHING = ("", "-", "~", "null")  # in the place of a class that the teacher does not know
 
@@ -148,8 +147,7 @@ def _find(classes: Classes, entry: object, whose: str) -> int:
     label = classes.find(text)
     if label is None:
         names = [name for naming in classes.namings for name in naming if name is not None]
-        close = difflib.get_close_matches(text, names, n=1)
-        hint = f", did you mean '{close[0]}'?" if close else f"; they are {classes.count}"
+        hint = did_you_mean(text, names) or f"; they are {classes.count}"
         raise InputError(f"{whose} no class '{text}'{hint}")
     return label
 

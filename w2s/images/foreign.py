@@ -4,7 +4,6 @@ That form is a module from images (B, C, H, W) to logits (B, classes), with `num
 says which images it takes: input_size, mean, std. The names of its classes are in `label_names` of the latter.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from w2s.engine.errors import InputError, first_line, on_one_line
+from w2s.engine.errors import InputError, did_you_mean, first_line, on_one_line
 
 TORCHVISION = "torchvision/"
 TRANSFORMERS = "transformers:"
@@ -159,8 +158,7 @@ def torchvision_model(
     """
     builder, _, tag = name.removeprefix(TORCHVISION).partition(".")
     if not is_torchvision(name):
-        close = difflib.get_close_matches(builder, models.list_models(module=models), n=3)
-        hint = f", did you mean {' or '.join(close)}?" if close else ""
+        hint = did_you_mean(builder, models.list_models(module=models), most=3)
         raise InputError(f"torchvision has no classification model '{builder}'{hint}")
     entries = models.get_model_weights(builder)
     if tag and tag not in entries.__members__:

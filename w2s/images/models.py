@@ -5,7 +5,6 @@ Importing this module registers `small_stem` with timm. After that, an export of
 """
 
 import copy
-import difflib
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from timm.models import load_pretrained, register_model, save_for_hf
 from torch import nn
 
-from w2s.engine.errors import InputError, first_line, last_line
+from w2s.engine.errors import InputError, did_you_mean, first_line, last_line
 from w2s.engine.files import replacing_folder
 from w2s.engine.plan import count_flops
 from w2s.images.checkpoints import read_weights
@@ -69,8 +68,7 @@ def pretrained_cfg(name: str) -> dict:
     """
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        raise InputError(f"unknown model '{name}'" + (f", did you mean {' or '.join(close)}?" if close else ""))
+        raise InputError(f"unknown model '{name}'{did_you_mean(architecture, timm.list_models(), most=3)}")
     try:
         config = timm.get_pretrained_cfg(name)
     except (RuntimeError, ValueError):

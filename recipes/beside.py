@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import Bench, Timer, median_ratio, parse_options
 from bench_tasks import Classification, Detection, Diffusion, Task
 from diffusers import DDIMPipeline, DDIMScheduler
-from reference_loops import diffusers_loop, diffusers_unet, timm_batches, timm_loop, torchvision_loop
+from reference_loops import bare_loop, diffusers_loop, diffusers_unet, timm_batches, timm_loop, torchvision_loop
 
 from w2s.diffusion.denoisers import UNet
 from w2s.diffusion.process import generate
@@ -40,7 +40,7 @@ KINDS = {"cls": Classification, "det": Detection, "diffusion": Diffusion}
 
 
 def measure_classification(bench: Bench, rounds: int, count: int) -> dict:
-    """Images a second of our loop and of timm's, loaders included, and of the loaders alone.
+    """Images a second of our loop and of timm's, loaders included, of the loaders alone, and of the bare arithmetic.
 
     Args:
         bench: of the recipe.
@@ -48,12 +48,14 @@ def measure_classification(bench: Bench, rounds: int, count: int) -> dict:
         count: updates of a round.
     """
     task, batch = bench.task, bench.task.plan.batch
-    our_batches, their_batches = task.batches(), timm_batches(task)
+    our_batches, their_batches, held_batches = task.batches(), timm_batches(task), bench.loaded_batches()
     timers = {
         "plain": bench.job_timer(task.job(taught=False), source=lambda: our_batches),
         "teacher": bench.job_timer(task.job(taught=True), source=lambda: our_batches),
         "reference": bench.timer(timm_loop(task, taught=False), source=lambda: their_batches),
         "reference_teacher": bench.timer(timm_loop(task, taught=True), source=lambda: their_batches),
+        "plain_held": bench.job_timer(task.job(taught=False), source=held_batches),
+        "bare_held": bench.timer(bare_loop(task), source=held_batches),
     }
     seconds = bench.take_turns(timers, rounds=rounds, count=count)
 
@@ -71,6 +73,7 @@ def measure_classification(bench: Bench, rounds: int, count: int) -> dict:
         "images_per_second": {name: batch / statistics.median(values) for name, values in seconds.items()},
         "reference_ratio": median_ratio(seconds["plain"], seconds["reference"]),
         "reference_teacher_ratio": median_ratio(seconds["teacher"], seconds["reference_teacher"]),
+        "bare_ratio": median_ratio(seconds["plain_held"], seconds["bare_held"]),
         "loader_images_per_second": batch / statistics.median(loading["ours"]),
         "loader_images_per_second_reference": batch / statistics.median(loading["reference"]),
         "loader_ratio": median_ratio(loading["ours"], loading["reference"]),

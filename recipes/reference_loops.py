@@ -67,6 +67,24 @@ def timm_batches(task: Classification) -> Iterator:
         yield from loader
 
 
+def bare_loop(task: Classification) -> Callable[[int, Iterator], None]:
+    """Nothing but the arithmetic of an update: forward, loss, backward and optimiser, with our memory format."""
+    run, criterion = task.run, task.criterion
+    run.seed_all()
+    student = task.build_student().to(run.device).train()
+    optimizer, _ = task.build_optimizer(student)
+
+    def train(count: int, batches: Iterator) -> None:
+        for images, targets in islice(batches, count):
+            with run.accelerator.autocast():
+                loss = criterion(student(images), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train
+
+
 def timm_loop(task: Classification, taught: bool) -> Callable[[int, Iterator], None]:
     """`train_one_epoch` of timm's train.py, alone or `taught` through timm's LogitDistillationTask."""
     run, criterion, meter = task.run, task.criterion, AverageMeter()

@@ -21,8 +21,10 @@ from unittest import mock
 
 import psutil
 
-# before torch is imported, here and in all processes started: one thread, unless asked otherwise, and no network
+# before torch is imported, here and in all processes started: one thread, unless asked otherwise, float32 on any CPU,
+# and no network
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 ROOT = Path(__file__).parents[1]

@@ -21,25 +21,53 @@ from w2s.engine.launch import default_precision, environment
 from w2s.engine.run import Run
 
 
-@pytest.mark.parametrize(
-    ("launcher", "gpu", "has_bf16", "expected"),
-    [
-        (None, True, True, "bf16"),
-        (None, True, False, None),
-        (None, False, True, None),
-        ("no", True, True, None),
-        ("fp16", True, True, None),
-    ],
-)
-def test_bf16_is_the_default_of_gpus_that_have_it_but_a_launcher_decides(
-    launcher, gpu, has_bf16, expected, monkeypatch
-):
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+def on_hardware(
+    monkeypatch, launcher: str | None, kind: str, gpu_has_bf16: bool, cpu: dict, use_cpu: str = "no"
+) -> None:
+    """Let this machine have another accelerator and CPU, and a launcher that has decided on the precision, or not."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind != "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_has_bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+
+
+AVX512, AMX, AVX2 = {"avx512_bf16": True, "amx_bf16": False}, {"amx_bf16": True}, {"avx2": True, "avx512_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpu_has_bf16", "cpu", "use_cpu", "expected"),
+    [
+        ("cuda", True, AVX2, "no", "bf16"),
+        ("cuda", False, AVX512, "no", None),
+        ("mps", True, AVX512, "no", None),
+        ("cpu", True, AVX512, "no", "bf16"),
+        ("cpu", True, AMX, "no", "bf16"),
+        ("cpu", True, AVX2, "no", None),
+        ("cuda", True, AVX2, "true", None),  # what trains is the CPU
+        ("cuda", False, AVX512, "true", "bf16"),
+    ],
+)
+def test_bf16_is_the_default_where_the_hardware_has_it(kind, gpu_has_bf16, cpu, use_cpu, expected, monkeypatch):
+    on_hardware(monkeypatch, None, kind, gpu_has_bf16, cpu, use_cpu)
     assert default_precision() == expected
+
+
+@pytest.mark.parametrize("launcher", ["no", "fp16", "bf16"])
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_a_launcher_decides_on_the_precision(launcher, kind, monkeypatch):
+    on_hardware(monkeypatch, launcher, kind, True, AVX512)
+    assert default_precision() is None
+
+
+@pytest.mark.parametrize(("cpu", "expected"), [(AVX512, "bf16"), (AVX2, "no")])
+def test_a_run_records_the_precision_that_its_cpu_has_by_default(cpu, expected, run_of, monkeypatch):
+    on_hardware(monkeypatch, None, "cpu", False, cpu)
+    assert environment(run_of().accelerator, earlier=[])["mixed_precision"] == expected
+    assert torch.backends.cuda.flash_sdp_enabled() == (expected == "no")  # slow in bf16
 
 
 # --- its facts ---
@@ -149,6 +177,15 @@ def test_a_run_is_not_resumed_where_one_process_cannot_read_what_the_main_one_ha
     for error in on_processes(2, resumed_on_a_disk_of_its_own, str(tmp_path)):
         assert isinstance(error, InputError) and "process 1 on " in str(error)
         assert "update-00000001" in str(error) and "all machines share" in str(error)
+
+
+def test_a_run_is_not_resumed_in_another_precision_and_the_message_says_how_to_keep_it(run_of, tmp_path):
+    leave_run(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "update-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"files": {}, "mixed_precision": "bf16"}))
+    with refused("bf16", "no", "ACCELERATE_MIXED_PRECISION=bf16", "accelerate launch --mixed_precision bf16"):
+        run_of(resume="auto")
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "lr: [\n"])

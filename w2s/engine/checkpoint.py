@@ -71,7 +71,10 @@ def locate(
         checkpoint, state = newest_state(folder / "checkpoints", log)
     if state and state["mixed_precision"] != precision:
         before = state["mixed_precision"]
-        raise InputError(f"{checkpoint} was written with --mixed_precision {before}, this launch has {precision}")
+        raise InputError(
+            f"{checkpoint} was written in precision {before} and this launch has {precision}: resume it with "
+            f"ACCELERATE_MIXED_PRECISION={before} in the environment, or accelerate launch --mixed_precision {before}"
+        )
     check_writable(folder)
     return checkpoint, state, options
 

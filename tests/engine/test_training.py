@@ -21,7 +21,13 @@ from w2s.teacher import Teacher
 def job_of(run_of):
     """A job of a linear student in an open run; `scaler` steps its optimiser, as in fp16."""
 
-    def make(student: nn.Module | None = None, scaler: object = None, total: int = 100, **changes: object) -> Job:
+    def make(
+        student: nn.Module | None = None,
+        scaler: object = None,
+        total: int = 100,
+        trained: nn.Module | None = None,
+        **changes: object,
+    ) -> Job:
         torch.manual_seed(0)
         student = student or nn.Linear(4, 2)
         options = {"lr": 0.1, "opt": "sgd", "sched": "constant", "channels_last": False, **changes}
@@ -29,7 +35,9 @@ def job_of(run_of):
         run.accelerator.scaler = scaler
         run.stopping = Stopping(run.accelerator)
         args = run.parsed
-        optimizer, scheduler = build_optimizer(args, student, lr=0.1, length=10, updates_per_unit=10, fused=run.fuses)
+        optimizer, scheduler = build_optimizer(
+            args, trained or student, lr=0.1, length=10, updates_per_unit=10, fused=run.fuses
+        )
         job = prepare_job(
             args,
             run,
@@ -41,6 +49,7 @@ def job_of(run_of):
             scheduler=scheduler,
             flops={"student_update": 1, "teacher_forward": 0},
             export=lambda module, folder: None,
+            trained=trained,
         )
         job.resume()
         run.open(metric="top1", mode="max", targets=[], reported=("top1",), facts=job.facts())
@@ -121,6 +130,31 @@ def test_a_scaler_that_skips_again_and_again_ends_the_run(job_of):
 def test_without_a_scaler_one_loss_that_is_not_finite_ends_the_run(job_of):
     with pytest.raises(NonFiniteLoss, match="update 3"):
         train(job_of(), 20, factor=lambda update: math.nan if update > 1 else 1.0)
+
+
+# --- what is clipped -------------------------------------------------------------------------------------------------
+
+
+class Branched(nn.Module):
+    """A student with a branch that is trained beside it."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student, self.branch = student, nn.Linear(4, 2, bias=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.student(inputs) + self.branch(inputs)
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+def test_what_is_trained_beside_the_student_is_clipped_with_it(mode, job_of):
+    model = Branched(nn.Linear(4, 2))
+    before = model.branch.weight.detach().clone()
+    plain = {"opt": "momentum", "momentum": 0.0, "weight_decay": 0.0}
+    train(job_of(model.student, trained=model, clip_grad=0.01, clip_mode=mode, **plain), 1, factor=lambda update: 1e4)
+    moved = (model.branch.weight - before).detach()
+    size = {"norm": moved.norm(), "value": moved.abs().max(), "agc": (moved.norm(dim=1) / before.norm(dim=1)).max()}
+    assert 0 < size[mode] <= 0.1 * 0.01 * 1.001  # learning rate times --clip-grad
 
 
 # --- what is saved ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -100,6 +101,19 @@ def _create_optimizer(args, model: nn.Module, lr: float, fused: bool) -> torch.o
     if getattr(optimizer, "is_second_order", False):
         raise InputError(f"--opt {args.opt}: second-order optimisers are not supported")
     return optimizer
+
+
+def clipped_parameters(student: nn.Module, trained: nn.Module, *, mode: str) -> list[nn.Parameter]:
+    """What --clip-grad clips: the student and what is trained beside it, for AGC without the student's classifier.
+
+    Args:
+        student: the bare module.
+        trained: the same, perhaps with branches.
+        mode: --clip-mode.
+    """
+    own = {id(parameter) for parameter in student.parameters()}
+    beside = [parameter for parameter in trained.parameters() if id(parameter) not in own]
+    return [*model_parameters(student, exclude_head="agc" in mode), *beside]
 
 
 def build_ema(args, student: nn.Module) -> ModelEmaV3 | None:

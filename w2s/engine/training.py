@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from timm.models import model_parameters
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from w2s.engine.errors import Preempted
 from w2s.engine.launch import share_buffers
 from w2s.engine.messages import first_lines, last_lines
 from w2s.engine.meter import LossMeter
+from w2s.engine.optim import clipped_parameters
 from w2s.engine.plan import Plan, compilations
 from w2s.engine.progress import Progress
 from w2s.engine.run import Run
@@ -84,7 +84,7 @@ class Job:
         self.progress = Progress(run, plan, distillation, interval=args.log_interval)
         bare = run.accelerator.unwrap_model(model, keep_torch_compile=False)
         self._trained = Trained(bare, ema and ema.module, optimizer, run.accelerator.scaler)  # of the checkpoints
-        self._clipped = list(model_parameters(student, exclude_head="agc" in self.clip_mode))
+        self._clipped = clipped_parameters(student, bare, mode=self.clip_mode)
 
     @property
     def epoch(self) -> float:

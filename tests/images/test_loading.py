@@ -191,6 +191,29 @@ def test_what_is_erased_differs_by_image_epoch_and_seed():
     assert not masks & {tuple((a != b).any(0).flatten().tolist()) for a, b in zip(other, again, strict=True)}
 
 
+@pytest.mark.parametrize("mode", ["pixel", "rand"])
+def test_noise_is_drawn_alike_for_every_device_and_batch_size(mode):
+    args, config = options(reprob=1.0, remode=mode)
+    pixels, keys = torch.full((8, 16, 16, 3), 128, dtype=torch.uint8), [(0, position) for position in range(8)]
+    on_cpu = device_transform(args, config, torch.device("cpu"), training=True)
+    whole = on_cpu(pixels, keys)
+    parts = [on_cpu(pixels[rows], keys[rows]) for rows in (slice(0, 3), slice(3, 8))]
+    assert torch.equal(torch.cat(parts), whole)
+    elsewhere = device_transform(args, config, torch.device("meta"), training=True)
+    on_cpu.erasing = elsewhere.erasing  # with the noise of another device
+    assert torch.equal(on_cpu(pixels, keys), whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["pixel", "rand"])
+def test_a_cuda_device_erases_as_the_cpu_does(mode):
+    args, config = options(reprob=1.0, remode=mode)
+    pixels, keys = torch.full((8, 16, 16, 3), 128, dtype=torch.uint8), [(0, position) for position in range(8)]
+    here, there = (device_transform(args, config, torch.device(d), training=True) for d in ("cpu", "cuda"))
+    torch.testing.assert_close(there(pixels.cuda(), keys).cpu(), here(pixels, keys))
+
+
 # --- corrupt images --------------------------------------------------------------------------------------------------
 
 

@@ -126,6 +126,26 @@ def test_processes_share_out_the_shards_of_a_stream_and_resume_with_what_is_left
     assert on_processes(2, read_by_process, shards, 1) == [one[1:], other[1:]]
 
 
+def erased_places(batches: list) -> list[torch.Tensor]:
+    """Which pixels of each image were erased; the others of an image are all alike."""
+    images = torch.cat([images for images, _ in batches])[:, 0]
+    return [image != image.median() for image in images]
+
+
+def test_what_is_erased_in_a_stream_does_not_depend_on_the_processes(shards):
+    """Two processes with half the batch erase at the places of an update where one erases with the whole of it."""
+    erasing = {"no_aug": False, "pad_crop": 0, "hflip": 0.0, "color_jitter": 0.0, "reprob": 1.0, "remode": "pixel"}
+    args, data = stream(shards, batch_size=8, **erasing)
+    whole = erased_places(take(serve(data.train, args, batches_per_epoch=6), 2))
+    parts = []
+    for rank in range(2):
+        args, data = stream(shards, batch_size=4, **erasing)
+        parts.append(erased_places(take(serve(data.train, args, process(rank, 2), batches_per_epoch=6), 2)))
+    assert any(mask.any() for mask in whole)
+    of_two = [*parts[0][:4], *parts[1][:4], *parts[0][4:], *parts[1][4:]]
+    assert all(torch.equal(one, two) for one, two in zip(whole, of_two, strict=True))
+
+
 def test_a_stream_with_more_workers_than_shards_is_refused(shards):
     """Some workers would have nothing to read, and an epoch would end early."""
     with refused("train-{0000..0001}.tar", "2 shards", "3 loader workers"):

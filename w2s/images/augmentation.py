@@ -129,7 +129,8 @@ def device_transform(args, data_config: dict, device: torch.device, *, training:
     erasing = None
     if training and args.reprob and not args.no_aug:
         try:
-            erasing = RandomErasing(args.reprob, mode=args.remode, device=device)
+            # noise is drawn on the CPU, from the generator that is seeded for each image
+            erasing = RandomErasing(args.reprob, mode=args.remode, device="cpu")
         except AssertionError as error:
             raise _cannot_build(error) from None
     return DeviceTransform(

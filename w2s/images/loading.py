@@ -86,7 +86,8 @@ def train_batches(
     run = {"batch_size": batch_size, "batches_per_epoch": batches_per_epoch, "seed": seed, "start": start}
     if isinstance(dataset, IterableDataset):
         batches = stream_batches(dataset, accelerator, workers=workers, **run)
-        keys = ([(number, rank, place) for place in range(batch_size)] for number in count(start))
+        places = ((number * world + rank) * batch_size for number in count(start))  # of each batch in the run
+        keys = ([(place + k,) for k in range(batch_size)] for place in places)
         return _finish(batches, dataset.on_device, accelerator.device, keys)
     sampler = EpochBatches(
         len(dataset), batch_size=batch_size, batches=batches_per_epoch, seed=seed, rank=rank, world=world

@@ -48,7 +48,8 @@ class DeviceTransform:
 
         Args:
             pixels: (B, H, W, C) uint8 on the device.
-            keys: what the erasing of each image is a function of, besides the seed; (epoch, position) of an image.
+            keys: what the erasing of each image is a function of, besides the seed: its (epoch, position), or in a
+                stream its place in the run.
         """
         images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.memory_format)
         images = images.div_(255).sub_(self.mean).div_(self.std)

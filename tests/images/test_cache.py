@@ -1,9 +1,12 @@
 """Images kept on a device: the pixels of the loader's path, its order, and augmentation of the same distribution."""
 
 import math
+import os
+import socket
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -27,7 +30,7 @@ from w2s.images.augmentation import (
     device_transform,
     eval_transform,
 )
-from w2s.images.cache import CachedSplit, cache_device, cache_split, resolve_cache
+from w2s.images.cache import CachedSplit, _shared_arrays, cache_device, cache_split, resolve_cache
 from w2s.images.data import load_data
 from w2s.images.datasets import image_mode
 from w2s.images.loading import ImageSplit
@@ -267,6 +270,27 @@ def test_each_image_is_decoded_once_on_a_machine_and_all_processes_have_it():
         assert np.array_equal(found, alone.images)
     for found in (targets, others[1]):
         assert np.array_equal(found, alone.targets)
+
+
+def kept_on_one_of_two_machines(accelerator) -> bool:
+    """Whether processes 0 and 1, which are on one machine, and 2 and 3 on another keep what is theirs."""
+    machine = accelerator.process_index // 2
+    with mock.patch.object(socket, "gethostname", lambda: f"machine{machine}"):
+        images, _ = _shared_arrays((4, 2, 2, 1), accelerator.process_index % 2, 2)
+        images[accelerator.process_index % 2] = 1 + machine
+    accelerator.wait_for_everyone()
+    return bool((images[:2] == 1 + machine).all())
+
+
+def test_machines_that_share_the_folder_for_temporary_files_do_not_share_the_images():
+    assert on_processes(4, kept_on_one_of_two_machines) == [True] * 4
+
+
+def test_where_room_cannot_be_reserved_the_images_are_kept_all_the_same(monkeypatch):
+    """As on macOS."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    images, targets = _shared_arrays((4, 2, 2, 3), 0, 2)
+    assert images.shape == (4, 2, 2, 3) and not images.any() and len(targets) == 4
 
 
 def test_on_a_gpu_auto_counts_the_memory_of_the_host_too(monkeypatch):

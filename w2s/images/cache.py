@@ -6,6 +6,7 @@ image is a function of (seed, epoch, position in the split), whatever the batch 
 
 import os
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -205,12 +206,17 @@ def _shared_arrays(shape: tuple[int, ...], index: int, count: int) -> tuple[np.n
     """
     if count == 1:
         return np.zeros(shape, np.uint8), np.zeros(shape[0], np.int64)
-    path = Path(tempfile.gettempdir()) / f"w2s-{broadcast_object_list([uuid.uuid4().hex])[0]}"
+    # with the machine's name, as machines may share the folder, but not the file
+    name = f"w2s-{socket.gethostname()}-{broadcast_object_list([uuid.uuid4().hex])[0]}"
+    path = Path(tempfile.gettempdir()) / name
     size = 8 * shape[0] + int(np.prod(shape))
     try:
         if index == 0:
             with open(path, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash later
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:  # macOS
+                    file.truncate(size)
         PartialState().wait_for_everyone()
         memory = np.memmap(path, np.uint8, "r+", shape=(size,))
         PartialState().wait_for_everyone()

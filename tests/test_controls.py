@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from helpers import DIGITS, RESNET, call_script, read_rows, read_summary, watching_forwards
+from helpers import DIGITS, RESNET, call_script, read_rows, read_summary, refused, watching_forwards
 from torch import nn
 
 import train_cls
@@ -25,7 +25,7 @@ IMAGES, TARGETS = torch.zeros(6, 1, 2, 2), torch.tensor([3, 1, 4, 1, 5, 9])
 
 def control(kind: str, seed: int = 0, process: int = 0) -> Control:
     """As the options --kd-control and --seed make it on one process."""
-    return build_control(SimpleNamespace(kd_control=kind, seed=seed), process=process)
+    return build_control(SimpleNamespace(kd_control=kind, seed=seed, batch_size=2), process=process)
 
 
 class Fixed(nn.Module):
@@ -97,7 +97,7 @@ def test_shuffled_depends_on_seed_update_process_and_micro_batch_alone():
         outputs(control("shuffled"), teacher, micro=MICRO + 1),
     ]
     assert not any(torch.equal(first, other) for other in others)
-    second = build_control(SimpleNamespace(kd_control="shuffled", seed=0), process=1, processes=2)
+    second = build_control(SimpleNamespace(kd_control="shuffled", seed=0, batch_size=2), process=1, processes=2)
     assert torch.equal(outputs(second, teacher), others[-1])  # of two processes: the second micro-batch of one
 
 
@@ -225,7 +225,7 @@ def test_a_control_changes_the_term_and_nothing_of_its_schedule(kind, taught):
     ("task", "words", "message"),
     [
         (train_cls, "--kd-control shuffled", "give --teacher"),
-        (train_cls, "--kd-control shuffled --teacher x -b 1", "--batch-size must be at least 2"),
+        (train_cls, "--kd-control shuffled --teacher x -b 1", "give a --batch-size of at least 2"),
         (train_cls, "--kd-control swapped --teacher x", "invalid choice: 'swapped'"),
         (train_det, "--kd-control uniform --teacher x", "invalid choice: 'uniform'"),
         (train_diffusion, "--kd-control labels --teacher x", "invalid choice: 'labels'"),
@@ -239,3 +239,8 @@ def test_controls_that_cannot_be_are_refused_in_one_line(task, words, message):
 
 def test_no_control_is_none():
     assert build_control(SimpleNamespace(kd_control=None), process=0) is None
+
+
+def test_a_run_that_a_resume_leaves_one_image_for_each_process_has_no_example_to_exchange():
+    with refused("--kd-control shuffled", "fewer processes"):
+        build_control(SimpleNamespace(kd_control="shuffled", seed=0, batch_size=1), process=2, processes=3)

@@ -45,8 +45,7 @@ def early_phase(args, length: float, mode: str, running: str | None = None) -> E
         raise InputError(
             f"--kd-control {args.kd_control} takes a teacher's place and its schedule: give --teacher, too"
         )
-    if args.kd_control == "shuffled" and args.batch_size < 2:
-        raise InputError("--kd-control shuffled exchanges the examples of a batch: --batch-size must be at least 2")
+    _refuse_shuffling_one(args)
     if not args.teacher:
         return None
     is_running = args.kd_off == "running"
@@ -80,8 +79,21 @@ def early_phase(args, length: float, mode: str, running: str | None = None) -> E
         raise InputError(f"distillation schedule: {error}") from None
 
 
+def _refuse_shuffling_one(args) -> None:
+    if args.kd_control == "shuffled" and args.batch_size < 2:
+        raise InputError(
+            "--kd-control shuffled exchanges the examples of a batch, and a batch of 1 has none to exchange: give a "
+            "--batch-size of at least 2, or resume with fewer processes"
+        )
+
+
 def build_control(args, process: int, processes: int = 1) -> Control | None:
-    """The control that `--kd-control` asks of this one of the processes, None without it."""
+    """The control that `--kd-control` asks of this one of the processes, None without it.
+
+    Raises:
+        InputError: a run that is resumed by more processes has only one image left for each of them.
+    """
+    _refuse_shuffling_one(args)
     if not args.kd_control:
         return None
 

@@ -1,11 +1,12 @@
 """How a script ends: its exit code, its one line, and what summary.json says of it."""
 
 import json
+import os
 
 import pytest
 
 from w2s.engine.errors import Finished, InputError, NonFiniteLoss, Preempted
-from w2s.engine.main import call_main
+from w2s.engine.main import _end_with_peer, call_main
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,16 @@ def test_what_ends_an_open_run_stands_in_its_summary(run_of, tmp_path, error, pr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["best"], summary["targets"]["50"]["first"]["update"]) == (status, 60.0, 4)
     assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_an_error_of_another_process_stands_in_the_summary_too(run_of, tmp_path, monkeypatch, capsys):
+    """This process ends while the main thread waits for the other one."""
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    run_of().open(metric="top1", mode="max", targets=[], reported=("top1",), facts={})
+    _end_with_peer("process 1: corrupt image")
+    assert codes == [2] and capsys.readouterr().err.endswith("error: process 1: corrupt image\n")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
 
 
 def test_a_refusal_leaves_the_run_before_it_alone(run_of, tmp_path):

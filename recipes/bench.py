@@ -201,7 +201,8 @@ def measure(bench: Bench, rounds: int, count: int) -> dict:
         "teacher": statistics.median(before["teacher"]),
         "after": statistics.median(after["after"]),
     }
-    student_flops, teacher_flops = taught.flops["student_update"], taught.flops["teacher_forward"]
+    student_flops = taught.flops["student_update"]
+    teacher_flops = taught.flops["teacher_forward"] + taught.flops.get("branches", 0)
     flops = {"plain": student_flops, "teacher": student_flops + teacher_flops, "after": student_flops}
     matmul_rate = bench.matmul_rate()
     return {
@@ -277,7 +278,7 @@ def parse_options(argv: list[str], kind: type[Task], description: str) -> argpar
     args.dry_run = True  # keeps nothing on disk
     args.log_interval, args.log_with = 10**9, None
     args.kd_off = "never"  # the teacher takes part in every update, from the first one on
-    args.kd_warmup = args.kd_hold = args.kd_decay = 0.0
+    args.kd_warmup, args.kd_hold, args.kd_decay = 0.0, None, 0.0
     return args
 
 

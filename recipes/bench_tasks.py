@@ -1,6 +1,7 @@
 """The recipes of each script as a benchmark needs them: ready to train, with or without the teacher."""
 
 import argparse
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import ModuleType
@@ -21,7 +22,6 @@ from w2s.diffusion.data import load_diffusion_data
 from w2s.diffusion.judge import resolve_sample_steps
 from w2s.diffusion.process import noise_schedule
 from w2s.distillation import Distillation
-from w2s.engine.errors import InputError
 from w2s.engine.optim import build_optimizer, scaled_lr
 from w2s.engine.plan import Plan, plan_updates
 from w2s.engine.run import Run
@@ -30,7 +30,7 @@ from w2s.engine.training import Job
 from w2s.images import loading as image_loading
 from w2s.images.augmentation import build_criterion, build_mixup
 from w2s.images.data import load_data
-from w2s.images.terms import Term, update_flops
+from w2s.images.terms import Term, build_term, check_term, update_flops
 from w2s.teacher import Teacher
 
 
@@ -125,8 +125,6 @@ class Classification(Task):
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         self.data_config = train_cls.resolve(args)
-        if args.kd_term or args.kd_target:
-            raise InputError("a benchmark has the teacher's logits as they are: leave out --kd-term and --kd-target")
         self.run = Run(args, task=self.name)
         self.data = load_data(args, self.data_config, self.run.accelerator, cache=args.cache)
         self.cache = self.data.cache
@@ -138,7 +136,9 @@ class Classification(Task):
         return image_loading.train_batches(self.data.train, self.run.accelerator, **self.loader_options())
 
     def build_student(self) -> nn.Module:
-        return train_cls.build_student(self.args, self.data_config, self.data)
+        student = train_cls.build_student(self.args, self.data_config, self.data)
+        check_term(self.args, student, self.data_config["input_size"])
+        return student
 
     def build_teacher(self, student: nn.Module) -> Teacher:
         return train_cls.build_teacher(self.args, self.run, self.data_config, self.data)
@@ -156,7 +156,12 @@ class Classification(Task):
     def build_job(
         self, kd: Distillation, *, student: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Scheduler
     ) -> Job:
-        term = Term(kd, student)
+        if kd.teacher:
+            kd.score = kd.teacher.facts(switch=None, report=math.nan)  # says how many features it gives
+        data = {"data": self.data, "train_batches": self.batches}
+        term = build_term(self.args, self.run, self.plan, kd, student=student, **data)
+        if term.model is not student:
+            optimizer, scheduler = self.build_optimizer(term.model)
         return train_cls.build_job(
             self.args,
             self.run,
@@ -169,7 +174,8 @@ class Classification(Task):
         )
 
     def train(self, job: Job, stop: int, batches: Iterator) -> None:
-        term = Term(job.distillation, job.student)
+        model = self.run.accelerator.unwrap_model(job.model, keep_torch_compile=False)
+        term = Term(job.distillation, model, self.args.kd_term, self.args.kd_term_weight)
         train_cls.train(self.args, job, term, stop, batches, criterion=self.criterion, mixup=self.mixup)
 
 

@@ -46,6 +46,15 @@ def test_flops_are_those_of_a_run(figures):
     assert ratio == pytest.approx(1 / 3, rel=0.03)  # a forward is a third of an update, but for the first layer
 
 
+def test_further_knowledge_costs_what_its_branches_cost(figures):
+    """A linear map from the student's 16 features to the teacher's 8, forward and backward, for 32 images."""
+    folder = figures[2]
+    command = words(DIGITS, RESNET, "--kd-term nd --kd-target taid", ONCE, folder, "--teacher", folder / "teacher")
+    call_script(bench.main, command, "--json", folder / "term.json")
+    flops, before = (json.loads((folder / f"{name}.json").read_text())["flops_per_update"] for name in ("term", "b"))
+    assert flops == before | {"teacher": before["teacher"] + 3 * 2 * 16 * 8 * 32}
+
+
 def test_all_that_others_read_is_there(figures):
     names = ("teacher_ratio", "after_ratio", "loader_images_per_second", "step_images_per_second")
     assert all(figures[0][name] > 0 for name in names)

@@ -15,6 +15,8 @@ def detection_flops(
 ) -> dict[str, int]:
     """FLOPs of one update of `batch` images, counted on two training images.
 
+    The student may be on another device than the teacher, as it is before it is sharded.
+
     Returns:
         `student_update`: forward and backward of the student. `teacher_forward`: 0 without a teacher.
     """
@@ -28,7 +30,7 @@ def detection_flops(
         views.append(view)
 
     student_update = count_flops(update)
-    teacher_forward = count_flops(lambda: teacher(views[0])) if teacher else 0
+    teacher_forward = count_flops(lambda: teacher(send_to_device(views[0], teacher.device))) if teacher else 0
     return {
         "student_update": student_update * batch // len(items),
         "teacher_forward": teacher_forward * batch // len(items),

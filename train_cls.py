@@ -66,7 +66,7 @@ from w2s.images.options import (
     add_term_options,
 )
 from w2s.images.teacher import ImageTeacher, build_image_teacher
-from w2s.images.terms import TERMS_OF_FEATURES, Term, build_term, check_term, hits, update_flops
+from w2s.images.terms import TERMS_OF_FEATURES, Term, build_term, check_term, forward_flops, hits, update_flops
 
 COMMON_OPTIONS = (  # --help begins with these
     *("dataset", "data_dir", "model", "epochs", "batch_size", "lr", "teacher", "teacher_model", "target", "resume"),
@@ -133,10 +133,10 @@ def build_student(args, data_config: dict, data: ImageData) -> nn.Module:
     return student
 
 
-def build_teacher(args, run: Run, data_config: dict, data: ImageData) -> ImageTeacher:
-    """The frozen teacher, fitted to the student's batches."""
+def build_teacher(args, run: Run, spec: str, data_config: dict, data: ImageData) -> ImageTeacher:
+    """The frozen teacher of a name in --teacher, fitted to the student's batches."""
     return build_image_teacher(
-        args.teacher,
+        spec,
         model_name=args.teacher_model,
         model_kwargs=args.teacher_kwargs,
         classes=data.classes,
@@ -299,8 +299,9 @@ def main(argv: list[str] | None = None) -> None:
         run,
         plan,
         phase=phase,
-        load=lambda: build_teacher(args, run, data_config, data),
-        evaluate=lambda teacher, split: validate(args, run, teacher, split)["top1"],
+        load=lambda spec: build_teacher(args, run, spec, data_config, data),
+        count_flops=lambda teacher: forward_flops(teacher, student, batch=plan.batch),
+        evaluate=lambda model, split: validate(args, run, model, split)["top1"],
         report=data.report,
         switch=data.switch,
         metric="top1",

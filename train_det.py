@@ -106,8 +106,7 @@ def resolve(args) -> DetectorConfig:
     check_augmentation(args)
     args.min_size = args.min_size or min(800, args.max_size or 800)
     args.max_size = args.max_size or max(1333, args.min_size)
-    if not args.name:
-        args.name = run_name(args)
+    args.name = args.name or run_name(args)
     if args.teacher:
         args.kd_warmup, args.kd_hold, args.kd_decay = kd_window(args, args.epochs)
     config = detector_config(args)
@@ -125,10 +124,10 @@ def build_student(args, config: DetectorConfig, classes: list[str]) -> nn.Module
     return student
 
 
-def build_teacher(args, run: Run, student: nn.Module) -> DetectorTeacher:
-    """The frozen teacher, in line with the student anchor by anchor."""
+def build_teacher(args, run: Run, spec: str, student: nn.Module) -> DetectorTeacher:
+    """The frozen teacher of a name in --teacher, in line with the student anchor by anchor."""
     return build_detector_teacher(
-        args.teacher,
+        spec,
         backbone=args.teacher_model,
         model_kwargs=args.teacher_kwargs,
         student=student,
@@ -298,14 +297,15 @@ def main(argv: list[str] | None = None) -> None:
         **reference_warmup(args, lr, plan.updates_per_epoch),
     )
 
-    # the teacher, which is loaded only while its phase lasts and is never prepared by the accelerator
+    # the method: a frozen teacher, loaded only while its phase lasts and never prepared by the accelerator
     kd = start_distillation(
         args,
         run,
         plan,
         phase=phase,
-        load=lambda: build_teacher(args, run, student),
-        evaluate=lambda teacher, split: validate(args, run, teacher, split)[0][metric],
+        load=lambda spec: build_teacher(args, run, spec, student),
+        count_flops=lambda teacher: detection_flops(student, teacher, data.train, batch=plan.batch)["teacher_forward"],
+        evaluate=lambda model, split: validate(args, run, model, split)[0][metric],
         report=data.report,
         switch=data.switch,
         metric=metric,

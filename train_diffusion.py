@@ -132,9 +132,9 @@ def build_student(args, num_classes: int, process: DDPMScheduler) -> nn.Module:
     return student
 
 
-def build_teacher(args, run: Run, student: nn.Module, process: DDPMScheduler) -> DenoiserTeacher:
-    """The frozen teacher; its epsilon at x_t and t means what the student's does, or is converted to that."""
-    model, folder = load_teacher_denoiser(args.teacher, student, process, source=f"--teacher {args.teacher}")
+def build_teacher(args, run: Run, spec: str, student: nn.Module, process: DDPMScheduler) -> DenoiserTeacher:
+    """The frozen teacher of a name in --teacher, whose epsilon at x_t and t means what the student's does."""
+    model, folder = load_teacher_denoiser(spec, student, process, source=f"--teacher {spec}")
     return DenoiserTeacher(model, process=process, source=folder, channels_last=args.channels_last, **run.placement)
 
 
@@ -279,8 +279,9 @@ def main(argv: list[str] | None = None) -> None:
         run,
         plan,
         phase=phase,
-        load=lambda: build_teacher(args, run, student, process),
-        evaluate=lambda teacher, comparison: judge.distance(teacher.model, comparison),
+        load=lambda spec: build_teacher(args, run, spec, student, process),
+        count_flops=lambda teacher: denoiser_flops(teacher.model, plan.batch, backward=False),
+        evaluate=judge.distance,
         report=judge.report,
         switch=judge.switch,
         metric=judge.metric,

@@ -271,6 +271,8 @@ def parse_options(argv: list[str], kind: type[Task], description: str) -> argpar
     args = parser.parse_recipe(argv)
     if not args.teacher:
         raise InputError("a benchmark of distillation needs a --teacher")
+    if isinstance(args.teacher, list):
+        raise InputError("a benchmark times one --teacher; give one of them")
     if args.kd_control:
         raise InputError("--kd-control: a benchmark times the teacher itself; leave it out")
     if args.json and not Path(args.json).resolve().parent.is_dir():

@@ -141,7 +141,7 @@ class Classification(Task):
         return student
 
     def build_teacher(self, student: nn.Module) -> Teacher:
-        return train_cls.build_teacher(self.args, self.run, self.data_config, self.data)
+        return train_cls.build_teacher(self.args, self.run, self.args.teacher, self.data_config, self.data)
 
     def build_optimizer(self, student: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
         return build_optimizer(
@@ -207,7 +207,7 @@ class Detection(Task):
         return train_det.build_student(self.args, self.config, self.data.classes)
 
     def build_teacher(self, student: nn.Module) -> Teacher:
-        return train_det.build_teacher(self.args, self.run, student)
+        return train_det.build_teacher(self.args, self.run, self.args.teacher, student)
 
     def build_optimizer(self, student: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
         lr = scaled_lr(self.args, self.plan.batch)
@@ -271,7 +271,7 @@ class Diffusion(Task):
         return train_diffusion.build_student(self.args, self.data.num_classes, self.process)
 
     def build_teacher(self, student: nn.Module) -> Teacher:
-        return train_diffusion.build_teacher(self.args, self.run, student, self.process)
+        return train_diffusion.build_teacher(self.args, self.run, self.args.teacher, student, self.process)
 
     def build_optimizer(self, student: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
         lr = scaled_lr(self.args, self.plan.batch)

@@ -208,6 +208,8 @@ def open_runs(options: argparse.Namespace) -> tuple[Choice, dict[int, tuple[Path
     args = train_cls.build_parser().parse_recipe(["-c", str(options.runs[1] / "args.yaml")])
     if not args.teacher:
         raise InputError(f"--runs: {options.runs[1]} has no teacher; the run of the student alone comes first")
+    if isinstance(args.teacher, list):
+        raise InputError(f"--runs: {options.runs[1]} has several teachers; this compares with one")
     alone, taught = map(checkpoints, options.runs)
     if not (common := sorted(alone.keys() & taught.keys())):
         raise InputError("--runs: no update of which both have a checkpoint; train them with --checkpoint-hist 999")

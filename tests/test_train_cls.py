@@ -51,6 +51,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import train_cls
+from w2s.compare import __main__ as compare
 from w2s.engine.errors import Finished, NonFiniteLoss, Preempted
 from w2s.engine.loading import EpochBatches
 from w2s.engine.main import call_main
@@ -1554,3 +1555,165 @@ def test_an_export_with_another_stem_and_one_channel_is_a_teacher(tmp_path):
     teacher = run(tmp_path, "teacher", grey)
     folder = run(tmp_path, "student", grey, "--kd-warmup 0 --teacher", teacher)
     assert read_summary(folder)["teacher"]["report"] == read_summary(teacher)["last"]
+
+
+# ---- several teachers ----
+
+QUICK = "--train-samples 256 --switch-split 0.1 --lr 1e-2 --no-aug --model-kwargs channels=(16,16,32,32) stem_width=16"
+LADDER = (
+    f"{QUICK} --epochs 4 --evals-per-epoch 2 --kd-weight 1 --kd-warmup 0 --kd-hold 3 --kd-decay 1 --kd-patience 1 "
+    "--recovery-interval 3 --teacher"
+)
+
+
+@pytest.fixture(scope="module")
+def rungs(tmp_path_factory) -> list[Path]:
+    """A teacher that was never trained, one that hardly was, and one that knows something."""
+    output = tmp_path_factory.mktemp("rungs")
+    narrow = "--model-kwargs channels=(8,8,8,8) stem_width=8"
+    return [
+        run(output, "a", QUICK, narrow, "--epochs 1 --lr 1e-9"),
+        run(output, "b", QUICK, narrow, "--epochs 1 --train-samples 128 --seed 1"),
+        run(output, "c", QUICK, "--epochs 3 --model-kwargs channels=(16,16,32,32) stem_width=24"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def climbed(tmp_path_factory, rungs) -> tuple[Path, list]:
+    """A run that passes its first teacher, skips the second and passes the third, with its forwards."""
+    with forwards() as seen:
+        folder = run(tmp_path_factory.mktemp("climbed"), "climbed", LADDER, rungs, "--target 20")
+    return folder, seen
+
+
+def test_teachers_hand_over_to_one_another(climbed, rungs):
+    folder, seen = climbed
+    summary, rows, log = read_summary(folder), read_rows(folder), (folder / "log.txt").read_text()
+    weak, skipped, strong = summary["teachers"]
+    assert [rung["checkpoint"] for rung in summary["teachers"]] == [str(rung / "model") for rung in rungs]
+    assert [rung["report"] for rung in summary["teachers"]] == [read_summary(rung)["last"] for rung in rungs]
+    passed = weak["off"]["update"]
+    assert weak["off"]["reason"] == strong["off"]["reason"] == "surpass" and weak["since"]["update"] == 0
+    assert skipped["off"] == {"epoch": passed / 8, "update": passed, "reason": "passed before it taught"}
+    assert strong["since"] == skipped["since"] == {"epoch": passed / 8, "update": passed}
+    assert summary["kd_off"] == strong["off"] and 0 < passed < strong["off"]["update"] < 32
+    assert (weak["updates"], skipped["updates"]) == (passed, 0)
+    assert strong["updates"] == strong["off"]["update"] - passed
+    assert yaml.safe_load((folder / "args.yaml").read_text())["teacher"] == [str(rung) for rung in rungs]
+
+    assert f"{rungs[0]} (surpass) hands over to {rungs[1]}" in log and f"{rungs[1]} is skipped" in log
+    assert f"{rungs[1]} (passed before it taught) hands over to {rungs[2]}" in log
+    row = next(row for row in rows if int(row["update"]) == passed + 4)
+    assert float(row["kd_weight"]) == 1 and float(row["kd_temperature"]) == pytest.approx(6 - 5 * 0.5 / 4)
+
+    flops, taught = summary["flops"], weak["pflops"] + strong["pflops"]
+    assert weak["pflops"] == pytest.approx(passed * flops["teacher_forward"] / 1e15)
+    assert strong["pflops"] / strong["updates"] > 2 * weak["pflops"] / weak["updates"], "each at its own cost"
+    assert float(rows[-1]["pflops"]) == pytest.approx(32 * flops["student_update"] / 1e15 + taught)
+    assert float(rows[-1]["teacher_seconds"]) == pytest.approx(weak["seconds"] + strong["seconds"])
+    first = [i for i, (_, training, _) in enumerate(seen) if training]
+    sizes = [{size for size, training, _ in seen[i : i + 2]} - {summary["params"]} for i in first]
+    own = [set()] * (32 - strong["off"]["update"])
+    assert sizes == [{weak["params"]}] * weak["updates"] + [{strong["params"]}] * strong["updates"] + own
+
+
+@pytest.mark.parametrize("rung", [0, 2])
+def test_a_run_that_is_killed_on_a_rung_ends_in_the_same_bits(rung, climbed, rungs, tmp_path):
+    whole, folder = climbed[0], tmp_path / "climbed"
+    since = read_summary(whole)["teachers"][rung]["since"]["update"]
+    command = (LADDER, rungs, "--target 20 --resume auto")
+    process = start_script("train_cls", tmp_path / "log", DIGITS, RESNET, *command, "--name climbed --output", tmp_path)
+    reached = {f"update-{since + more:08d}" for more in range(2, 5)}
+    assert process.wait_for(lambda: reached & set(checkpoints(folder))), process.text
+    process.kill()
+    assert process.wait() == [-signal.SIGKILL], process.text
+    run(tmp_path, "climbed", *command)
+    assert "resumed from" in (folder / "log.txt").read_text()
+    assert_same_run(folder, whole)
+    assert_same_teachers(folder, whole)
+
+
+def assert_same_teachers(folder: Path, other: Path) -> None:
+    ours, theirs = read_summary(folder)["teachers"], read_summary(other)["teachers"]
+    assert [{**rung, "seconds": 0} for rung in ours] == [{**rung, "seconds": 0} for rung in theirs]
+
+
+def test_a_signal_at_a_hand_over_ends_in_the_same_bits_without_the_teachers_that_are_passed(climbed, rungs, tmp_path):
+    whole = climbed[0]
+    params = read_summary(whole)["teachers"][2]["params"]
+    own = [shutil.copytree(rung, tmp_path / "teachers" / rung.name) for rung in rungs]
+    trained = False
+
+    def see(module: torch.nn.Module, inputs: tuple) -> None:  # the score of the third one is being measured
+        nonlocal trained
+        if hasattr(module, "pretrained_cfg") and inputs[0].device.type != "meta":
+            trained |= module.training
+            if trained and not module.training and sum(p.numel() for p in module.parameters()) == params and not hit:
+                hit.append(signal.raise_signal(signal.SIGTERM))
+
+    hit: list = []
+    command = (LADDER, own, "--target 20 --resume auto")
+    with watching_forwards(see), pytest.raises(Preempted, match="--resume auto"):
+        run(tmp_path, "climbed", *command)
+    folder = tmp_path / "climbed"
+    assert read_summary(folder)["status"] == "preempted"
+    shutil.rmtree(own[0])
+    run(tmp_path, "climbed", *command)
+    assert_same_run(folder, whole)
+    ours, theirs = read_summary(folder)["teachers"], read_summary(whole)["teachers"]
+    assert [rung["off"] for rung in ours] == [rung["off"] for rung in theirs]
+
+
+def test_two_processes_climb_as_one(rungs, tmp_path):
+    """By windows that end between two evaluations, with all that is measured in training."""
+    command = words(
+        *(VIT, "--epochs 2 --kd-weight 1 --kd-warmup 0 --kd-hold 0.75 --kd-decay 0 --kd-balance --kd-fade"),
+        *("--kd-off running --kd-patience 9 --switch-split 0 --teacher", rungs[0], rungs[2]),
+    )
+    one, log = run(tmp_path, "one", command), tmp_path / "log"
+    started = start_script(
+        "train_cls", log, DIGITS, command, "--batch-size 16 --name two --output", tmp_path, processes=2
+    )
+    assert started.wait() == [0, 0], started.text
+    two = tmp_path / "two"
+    assert read_summary(one)["kd_off"] == {"epoch": 1.5, "update": 6, "reason": "window"}
+    assert_same_teachers(one, two)
+    for row, other in zip(read_rows(one), read_rows(two), strict=True):
+        assert row["pflops"] == other["pflops"] and row["kd_weight"] == other["kd_weight"]
+        for column in ("train_loss", "task_loss", "kd_loss", "eval_loss"):
+            assert float(row[column] or 0) == pytest.approx(float(other[column] or 0), abs=1e-4), column
+
+
+@pytest.mark.parametrize("control", ["uniform", "random"])
+def test_a_control_takes_the_place_of_each_teacher(control, rungs, tmp_path):
+    options = f"--epochs 1 --kd-control {control} --kd-off 0.5 --kd-warmup 0 --kd-hold 1 --kd-decay 0 --teacher"
+    summary = read_summary(run(tmp_path, "run", options, rungs[0], rungs[2]))
+    assert [rung["updates"] for rung in summary["teachers"]] == [2, 2]
+    assert [rung["off"]["reason"] for rung in summary["teachers"]] == ["fixed", "fixed"]
+    assert [rung["switch"] > 0 for rung in summary["teachers"]] == [True, True]
+    assert all((rung["pflops"] > 0) == (control != "uniform") for rung in summary["teachers"])
+
+
+@pytest.mark.parametrize("what", ["a missing one", "other classes"])
+def test_a_later_teacher_that_does_not_fit_is_refused_at_the_start(what, tiny_teacher, tmp_path):
+    bad = tmp_path / "bad"
+    if what == "other classes":
+        export(create_model("resnet10t", 7, model_kwargs={"channels": (8, 8, 8, 8), "stem_width": 8}), bad)
+    command = ("--teacher", tiny_teacher, bad, "--name run --output", tmp_path / "out")
+    assert str(bad) in refusal(DIGITS, RESNET, *command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_pays_for_all_teachers_that_taught(climbed, rungs, tmp_path):
+    folder, weak = climbed[0], rungs[0]
+    alone = run(tmp_path, "alone", QUICK, "--epochs 4 --evals-per-epoch 2 --target 20")
+    arms = ("--arm", f"alone={alone}", "--arm", f"climbed={folder}")
+    assert compare.main([str(word) for word in (*arms, "--out", tmp_path / "out")]) == 0
+    paid = json.loads((tmp_path / "out" / "speedup.json").read_text())["costs"]["climbed"]
+    spent = [float(read_rows(rung)[-1]["pflops"]) for rung in (weak, rungs[2])]
+    assert paid["teacher_training"]["run"] == "a, c" and paid["teacher_training"]["pflops"] == pytest.approx(sum(spent))
+    taught, flops = read_summary(folder)["teachers"], read_summary(folder)["flops"]["student_update"]
+    forward = 1e15 * sum(rung["pflops"] for rung in taught) / sum(rung["updates"] for rung in taught)
+    assert paid["flops_bound"] == pytest.approx(1 + forward / flops)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "3 teachers, teacher resnet10t" in report and "(passed before it taught)" in report

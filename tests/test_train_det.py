@@ -150,6 +150,22 @@ def test_surpass_switches_off_for_good(digits_det, teacher, tmp_path):
     assert head_outputs.call_count == int(rows[0]["update"]) + 1  # and once to count its FLOPs
 
 
+def test_teachers_hand_over_to_one_another(digits_det, teacher, baseline, tmp_path):
+    """At the end of a window between two evaluations, for which the run saves and both are compared."""
+    options = [DETECT, "--epochs 1 --kd-warmup 0 --kd-hold 0.34 --kd-decay 0 --data", digits_det]
+    call_script(train_det.main, *options, "--teacher", teacher, baseline, "--name run --output", tmp_path)
+    summary, rows = read_summary(tmp_path / "run"), read_rows(tmp_path / "run")
+    weak, strong = summary["teachers"]
+    updates = int(rows[0]["update"])
+    hand_over = weak["off"]["update"]
+    assert 0 < hand_over < updates and weak["off"]["reason"] == strong["off"]["reason"] == "window"
+    assert strong["since"]["update"] == hand_over and summary["kd_off"] == strong["off"]
+    assert weak["updates"] == strong["updates"] == hand_over
+    assert strong["report"] == pytest.approx(read_summary(baseline)["last"], abs=1e-9)
+    flops = updates * summary["flops"]["student_update"] / 1e15 + weak["pflops"] + strong["pflops"]
+    assert float(rows[0]["pflops"]) == pytest.approx(flops) and strong["pflops"] > 1.2 * weak["pflops"]
+
+
 def test_a_compiled_teacher_is_gone_once_it_is_released(digits_det, teacher, tmp_path):
     build_teacher, release, models, left = train_det.build_teacher, Teacher.release, [], []
 

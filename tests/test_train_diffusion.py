@@ -256,6 +256,21 @@ def test_student_that_surpasses_drops_the_teacher_for_good(run, teacher, tmp_pat
     assert [row["kd_active"] for row in read_rows(folder)] == ["1", "0", "0", "0"]
 
 
+def test_teachers_hand_over_to_one_another(run, teacher, baseline, tmp_path):
+    """The second one, of another family, begins at the start of its own window, at a hand-over between evaluations."""
+    options = f"{PHASE} --kd-warmup 1 --kd-hold 2 --kd-decay 0 --kd-patience 99 --target 1e9"
+    folder = run(tmp_path, "run", options, "--eval-interval 2 --teacher", teacher, baseline[0])
+    summary, rows = read_summary(folder), read_rows(folder)
+    weak, strong = summary["teachers"]
+    assert (weak["model"], strong["since"]["update"]) == ("vit_tiny_patch16_224", 3)
+    assert [rung["off"]["update"] for rung in (weak, strong)] == [3, 6] and summary["kd_off"] == strong["off"]
+    assert [rung["updates"] for rung in (weak, strong)] == [2, 2], "lambda is 0 in the first update of each"
+    assert [float(row["kd_weight"]) for row in rows] == [2, 2, 0, 0]
+    assert strong["report"] == pytest.approx(read_summary(baseline[0])["last"], rel=PIXEL_ROUNDING)
+    flops = 8 * summary["flops"]["student_update"] / 1e15 + weak["pflops"] + strong["pflops"]
+    assert float(rows[-1]["pflops"]) == pytest.approx(flops)
+
+
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_pipeline_of_another_prediction_teaches(prediction, run, tmp_path):
     torch.manual_seed(0)

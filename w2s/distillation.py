@@ -41,11 +41,15 @@ class Distillation:
 
     Attributes:
         teacher: the frozen teacher while it is needed, else None.
+        since: the update after which it began to teach, from which u is counted.
         score: what summary.json says of the teacher: model, switch, report, params, checkpoint; None without one.
         weight, temperature: lambda(u) and T(u) of the update under way.
         ratio, scale: r and s of `GradientBalance`, scalars on the device; 1.0 without it.
         updates: how many updates the teacher took part in.
+        handing_over: whether another teacher is to take this one's place now, see `w2s.engine.ladder`.
     """
+
+    handing_over = False
 
     def __init__(
         self,
@@ -56,17 +60,28 @@ class Distillation:
         balance: GradientBalance | None = None,
         running: RunningScores | None = None,
     ) -> None:
-        self.phase, self.control, self.unit, self.updates_per_epoch = phase, control, unit, updates_per_epoch
+        self.control, self.unit, self.updates_per_epoch = control, unit, updates_per_epoch
+        self._begin(phase, balance=balance, running=running)
         self.teacher: Teacher | None = None
         self.score: dict | None = None
-        self.gradients, self.running = balance, running
-        self._measured = {"balance": balance, "running": running}  # on the batches of training
-        self.weight, self.temperature = 0.0, 1.0
-        self.ratio = self.scale = 1.0
         self.updates = 0
         self._update, self._micro = 0, 0  # which micro-batch of which update `teach` is asked about
         self._seconds = 0.0  # of a teacher that was released, until they are taken
         self._evaluation: dict | None = None
+
+    def _begin(
+        self,
+        phase: EarlyPhase | None,
+        since: int = 0,
+        balance: GradientBalance | None = None,
+        running: RunningScores | None = None,
+    ) -> None:
+        """Have a phase begin after so many updates, with nothing measured yet."""
+        self.phase, self.since = phase, since
+        self.gradients, self.running = balance, running
+        self._measured = {"balance": balance, "running": running}  # on the batches of training
+        self.weight, self.temperature = 0.0, 1.0
+        self.ratio = self.scale = 1.0
 
     @property
     def active(self) -> bool:
@@ -79,7 +94,7 @@ class Distillation:
         if self.phase is None or self.phase.active:
             return None
         updates_per_unit = self.updates_per_epoch if self.unit == "epoch" else 1
-        update = round(self.phase.kd_off["at"] * updates_per_unit)
+        update = self.since + round(self.phase.kd_off["at"] * updates_per_unit)
         return {"epoch": update / self.updates_per_epoch, "update": update, "reason": self.phase.reason}
 
     @property
@@ -88,7 +103,8 @@ class Distillation:
         return self.teacher is not None and not (self.control and self.control.kind == "uniform")
 
     def progress(self, update: int) -> float:
-        """u after so many updates."""
+        """u after so many updates of the run."""
+        update -= self.since
         return update / self.updates_per_epoch if self.unit == "epoch" else float(update)
 
     def advance(self, update: int) -> None:
@@ -146,6 +162,10 @@ class Distillation:
             part.end_update()
         self.updates += int(taught)
         return taught
+
+    def taught_flops(self, forward: int) -> int:
+        """FLOPs of the teacher's part in all updates so far, where it has `forward` of them in an update."""
+        return self.updates * forward
 
     @property
     def needs_split(self) -> bool:
@@ -212,6 +232,10 @@ class Distillation:
             self._seconds += self.teacher.take_seconds()
             self.teacher.release()
             self.teacher = None
+
+    def facts(self) -> dict:
+        """What summary.json holds of it."""
+        return {"teacher": self.score, "kd_off": self.off}
 
     def describe(self) -> str | None:
         """One line for the start of a run; None for a student alone."""

@@ -114,13 +114,17 @@ class EarlyPhase:
             self.switch_off(u, reason="fixed" if fixed else "window")
         return self.active
 
+    def lead(self, student: float, teacher: float) -> float:
+        """By how much the teacher's metric is better than the student's; below 0 the student is strictly better."""
+        return teacher - student if self.mode == "max" else student - teacher
+
     def observe(self, student: float, teacher: float, u: float | None = None) -> bool:
         """Compare both metrics of an evaluation (at u, for the record); switch off if the student has won often enough.
 
         A metric that is NaN does not win and ends a series of wins. Returns `active`.
         """
         if self.active and self.off == "surpass":
-            lead = teacher - student if self.mode == "max" else student - teacher
+            lead = self.lead(student, teacher)
             self.wins = self.wins + 1 if lead < 0 else 0
             if self.fade and math.isfinite(lead):
                 self._follow(lead)

@@ -66,6 +66,11 @@ class Teacher:
         """The model's outputs for the student's inputs."""
         return self.model(*inputs)
 
+    @property
+    def evaluated(self) -> object:
+        """What an evaluation takes in the student's place: something that answers as a student does."""
+        return self
+
     def facts(self, *, switch: float | None, report: float) -> dict:
         """What summary.json says of it: `Distillation.score`.
 

@@ -176,9 +176,8 @@ def test_a_bare_weights_file_is_given_the_students_pixels_as_they_are(tmp_path, 
     args = build_parser().parse_recipe(words.split())
     args.teacher_kwargs = kwargs
     config, images = resolve(args), normalised(pixels(), (0.5,) * 3, (0.5,) * 3)
-    teacher = build_teacher(
-        args, SimpleNamespace(placement={"device": "cpu"}), config, SimpleNamespace(classes=Classes(10))
-    )
+    run, data = SimpleNamespace(placement={"device": "cpu"}), SimpleNamespace(classes=Classes(10))
+    teacher = build_teacher(args, run, args.teacher, config, data)
     # the script's default memory format is another than the model's: the same sums in another order
     torch.testing.assert_close(teacher(images), logits(model, images), atol=1e-5, rtol=1e-5)
     assert teacher.same_range and teacher.size == (32, 32)

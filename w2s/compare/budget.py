@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from w2s.compare.comparable import check_comparable, common_settings, differing_settings
-from w2s.compare.runs import RunFolder, read_teacher_run
+from w2s.compare.runs import RunFolder, read_teacher_runs, total_cost
 from w2s.compare.speedup import final_and_best_of, gain_of_pairs, mean_ratio
 from w2s.compare.stats import ratio_of_pairs
 
@@ -187,13 +187,13 @@ def _points_by_seed(lengths: dict[float, list[RunFolder]], metric: str) -> dict:
 
 def _costs(run: RunFolder) -> dict[str, float | None]:
     """What a run cost on each axis; None where that was not recorded."""
-    last, teacher = run.rows[-1], read_teacher_run(run)
+    last, teachers = run.rows[-1], read_teacher_runs([run])
     costs = {}
     for axis in BUDGET_AXES:
         name = axis.removesuffix("_paid")
         parts = [last.get(name)]
         if name != axis and run.summary["teacher"]:
-            parts.append(teacher.rows[-1].get(name) if teacher else None)
+            parts.append(total_cost(teachers, name) if teachers else None)
         costs[axis] = None if None in parts else sum(parts)
     return costs
 

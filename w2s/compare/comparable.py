@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from pathlib import Path
 
 from w2s.compare.runs import RunFolder, teacher_folder
 from w2s.crossing import target_key
@@ -36,10 +37,13 @@ def _distillation_settings(run: RunFolder) -> dict:
     The teacher is known by the name of its folder, since folders may have been moved. Without a teacher its
     options have no effect, so that they may differ.
     """
-    teacher, folder = run.summary["teacher"], teacher_folder(run)
+    teacher = run.summary["teacher"]
     if not teacher:
         return {"teacher": None}
     settings = {name: value for name, value in run.options.items() if name.startswith(("kd_", "teacher_classes"))}
+    if run.summary["teachers"]:  # of which not all need have had their turn
+        return settings | {"teachers": [Path(spec).name for spec in run.options["teacher"]]}
+    folder = teacher_folder(teacher)
     return settings | {
         "teacher": folder.name if folder else None,
         "teacher model": teacher.get("model"),

@@ -19,6 +19,7 @@ SUMMARY_TYPES = {
     "mode": str,
     "targets": dict,
     "teacher": dict | None,
+    "teachers": list | None,
     "kd_off": dict | None,
     "environment": dict | None,
 }
@@ -130,24 +131,50 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def teacher_folder(run: RunFolder) -> Path | None:
-    """The run folder that the teacher of `run` was read from, as recorded; None where it was not a run folder."""
-    path = Path(str((run.summary["teacher"] or {}).get("checkpoint") or ""))
+def taught_by(run: RunFolder) -> list[dict]:
+    """The teachers that taught in a run, as its summary has them; none for a student alone."""
+    if several := run.summary["teachers"]:
+        return [teacher for teacher in several if teacher["updates"]]
+    return [run.summary["teacher"]] if run.summary["teacher"] else []
+
+
+def teacher_folder(teacher: dict) -> Path | None:
+    """The run folder that a teacher was read from, as recorded; None where it was not a run folder."""
+    path = Path(str(teacher.get("checkpoint") or ""))
     path = path.parent if path.name in ("model", "best") else path
     return path if path.name else None
 
 
-def read_teacher_run(run: RunFolder) -> RunFolder | None:
-    """The finished run that made the teacher of `run`, None where it cannot be read.
+def read_teacher_runs(runs: list[RunFolder]) -> list[RunFolder]:
+    """The finished runs that made the teachers of `runs`, each once; none at all if one of them cannot be read.
 
-    It is looked for beside `run` first, since records are copied together, and then at its recorded path.
+    They are looked for beside the taught run first, since records are copied together, and then at their recorded path.
+    Runs of the same name are taken for the same.
     """
-    recorded = teacher_folder(run)
-    if recorded is None:
-        return None
-    for folder in (run.path.parent / recorded.name, recorded):
+    found: dict[str, RunFolder] = {}
+    for run in runs:
+        for recorded in map(teacher_folder, taught_by(run)):
+            if recorded is None:
+                return []
+            if recorded.name not in found:
+                made = _read_first([run.path.parent / recorded.name, recorded])
+                if made is None:
+                    return []
+                found[recorded.name] = made
+    return list(found.values())
+
+
+def _read_first(folders: list[Path]) -> RunFolder | None:
+    """The first of these runs that can be read."""
+    for folder in folders:
         try:
             return read_run(folder)
         except (ValueError, OSError):
             continue
     return None
+
+
+def total_cost(runs: list[RunFolder], axis: str) -> float | None:
+    """What runs cost together; None where that was not recorded."""
+    costs = [run.rows[-1].get(axis) for run in runs]
+    return None if None in costs else sum(costs)

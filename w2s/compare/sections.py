@@ -4,9 +4,9 @@ import json
 from itertools import pairwise
 from typing import NamedTuple
 
+from w2s.compare.bill import cost_facts
 from w2s.compare.comparable import common_settings
 from w2s.compare.runs import RunFolder
-from w2s.compare.speedup import teacher_share
 from w2s.compare.strength import STRENGTH_AXES
 from w2s.compare.text import (
     AXIS_NAMES,
@@ -68,7 +68,7 @@ def sections(result: dict, arms: dict[str, list[RunFolder]], command: str) -> li
         folded.append(Section(title, _target_parts(result, entry, arms), folded=True))
     folded += [
         Section(f"Final and best {metric}", _metric_parts(result, arms), folded=True),
-        Section("What the teacher cost", [_cost_facts(result, arms)], folded=True),
+        Section("What the teacher cost", [cost_facts(result, arms)], folded=True),
         Section("Conditions", [_rule(result), _condition_facts(result, arms)], folded=True),
         Section("Settings and commands", _settings_parts(arms, command), folded=True),
     ]
@@ -195,43 +195,6 @@ def _metric_parts(result: dict, arms: dict[str, list[RunFolder]]) -> list[Part]:
         "Gain over the reference, positive is better:",
         Table(["", "arm", *_gain_header(result)], gains),
     ]
-
-
-def _cost_facts(result: dict, arms: dict[str, list[RunFolder]]) -> list[str]:
-    facts = []
-    for arm, group in arms.items():
-        costs = result["costs"][arm]
-        if not costs["overhead"]:  # no teacher
-            continue
-        for run, overhead in zip(group, costs["overhead"], strict=True):
-            facts.append(_teacher_fact(run, overhead))
-        bound = ratio_text(costs["flops_bound"])
-        facts.append(f"{arm}: by FLOPs, an update with the teacher takes {bound} of one without")
-        if training := costs["teacher_training"]:
-            facts.append(
-                f"{arm}: the teacher's own training ({training['run']}) took {number_text(training['train_seconds'])} "
-                f"train seconds, {number_text(training['total_seconds'])} in total, "
-                f"{number_text(training['pflops'])} PFLOPs"
-            )
-        else:
-            facts.append(f"{arm}: the teacher's own training is not in the bill: its run folder is not at hand")
-    return facts or ["no arm had a teacher"]
-
-
-def _teacher_fact(run: RunFolder, overhead: float | None) -> str:
-    """The teacher of one run: what it was, how well it scores and what its updates cost."""
-    summary, teacher = run.summary, run.summary["teacher"]
-    share, switch_off = teacher_share(run.rows[-1]), summary["kd_off"]
-    share_text = "n/a" if share is None else f"{share:.1%}"
-    end = "never switched off"
-    if switch_off:
-        end = f"switched off at epoch {number_text(switch_off['epoch'])} ({switch_off['reason']})"
-    return (
-        f"{summary['name']}: teacher {teacher.get('model')}, {number_text(teacher.get('params'))} parameters, "
-        f"{summary['metric']} {number_text(teacher.get('switch'))} on the switch split and "
-        f"{number_text(teacher.get('report'))} on the reporting split; {share_text} of train seconds; {end}; "
-        f"an update with the teacher took {ratio_text(overhead)} of one without"
-    )
 
 
 def _rule(result: dict) -> str:

@@ -3,7 +3,7 @@
 import math
 
 from w2s.compare.comparable import check_comparable
-from w2s.compare.runs import RunFolder, read_teacher_run
+from w2s.compare.runs import RunFolder, read_teacher_runs, taught_by, total_cost
 from w2s.compare.stats import interval, non_inferiority, ratio_of_pairs, sign_flip_p, summarise
 from w2s.crossing import AXES, best_value, crossings, target_key
 
@@ -207,11 +207,11 @@ def _costs(group: list[RunFolder]) -> dict:
     """What the teacher of an arm cost: in the updates it taught, beside the bound by FLOPs, and in its own training."""
     first = group[0]
     flops, teacher = first.summary.get("flops") or {}, first.summary["teacher"]
-    forward_share = flops.get("teacher_forward", 0) / (flops.get("student_update") or math.inf)
+    forward_share = _forward_flops(first) / (flops.get("student_update") or math.inf)
     training = None
-    if teacher and (teacher_run := read_teacher_run(first)):
-        training = {"run": teacher_run.summary["name"]}
-        training |= {axis: teacher_run.rows[-1].get(axis) for axis in COST_AXES}
+    if teacher and (teacher_runs := read_teacher_runs(group)):
+        training = {"run": ", ".join(run.summary["name"] for run in teacher_runs)}
+        training |= {axis: total_cost(teacher_runs, axis) for axis in COST_AXES}
     return {
         "overhead": [_overhead(run) for run in group] if teacher else None,  # of an update with the teacher, per run
         "flops_bound": 1 + forward_share if forward_share else None,
@@ -219,6 +219,13 @@ def _costs(group: list[RunFolder]) -> dict:
         "kd_off": [run.summary["kd_off"] for run in group],
         "teacher_training": training,
     }
+
+
+def _forward_flops(run: RunFolder) -> float:
+    """FLOPs of the teacher's forward in an update that it took part in; of several teachers, the mean."""
+    if run.summary["teachers"] and (taught := taught_by(run)):
+        return 1e15 * sum(teacher["pflops"] for teacher in taught) / sum(teacher["updates"] for teacher in taught)
+    return (run.summary.get("flops") or {}).get("teacher_forward", 0)
 
 
 def _overhead(run: RunFolder) -> float | None:

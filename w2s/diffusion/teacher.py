@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2s.diffusion.convert import ConvertedDenoiser
 from w2s.diffusion.denoisers import UNet, ViT, rebuild
@@ -45,6 +45,11 @@ class DenoiserTeacher(Teacher):
         )
         self.process = process
         self.note = model.describe() if isinstance(model, ConvertedDenoiser) else None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """See `Teacher.evaluated`: samples are drawn from what the denoiser itself predicts."""
+        return self.model
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Epsilon (B, C, H, W) at x_t (B, C, H, W) and t (B,)."""

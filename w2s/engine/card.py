@@ -23,6 +23,7 @@ KD_OFF_REASONS = {
     "running": "the student had beaten it on the batches of training",
     "window": "its window had ended",
     "fixed": "as --kd-off said",
+    "passed before it taught": "the student had beaten it before it taught",
 }
 # how the exported model of each task is loaded
 LOADING = {
@@ -118,7 +119,8 @@ def _introduction(run: FinishedRun) -> str:
     text = f"# {summary['name']}\n\n{kind} ({params}), trained on {data} with w2s, "
     if teacher is None:
         return text + "without a teacher."
-    return text + f"taught early in its training by a frozen {teacher['model']} (weak to strong, arXiv:2604.15451)."
+    models = " and then a ".join(rung["model"] for rung in summary.get("teachers") or [teacher])
+    return text + f"taught early in its training by a frozen {models} (weak to strong, arXiv:2604.15451)."
 
 
 def _use(run: FinishedRun, repo: str | None) -> str:
@@ -149,14 +151,28 @@ def _results(run: FinishedRun) -> str:
 
 
 def _teacher(run: FinishedRun) -> str:
-    teacher, off, options = run.summary["teacher"], run.summary["kd_off"], run.options
+    teacher, metric = run.summary["teacher"], run.summary["metric"]
     if not teacher:
         return "## Teacher\n\nNone: the model was trained alone."
+    if rungs := run.summary.get("teachers"):
+        text = "They taught one after the other, each in a window of its own that began at the hand-over."
+        tables = (_rungs_table(rungs, metric, run.options), _table(["", ""], _method_rows(run)))
+        return "\n\n".join(("## Teachers", text, *tables))
     rows = [
         ["model", teacher["model"]],
         ["parameters", f"{teacher['params'] / 1e6:.2f} M"],
-        [f"{run.summary['metric']} on the switch split", _number(teacher["switch"])],
-        [f"{run.summary['metric']} on the reported split", _number(teacher["report"])],
+        [f"{metric} on the switch split", _number(teacher["switch"])],
+        [f"{metric} on the reported split", _number(teacher["report"])],
+        *_method_rows(run),
+        ["silent from", _silence(run.summary["kd_off"], run.options)],
+    ]
+    return "## Teacher\n\n" + _table(["", ""], rows)
+
+
+def _method_rows(run: FinishedRun) -> list[list[str]]:
+    """How strongly and how softly the teacher spoke, and the further options of the method that were given."""
+    options = run.options
+    rows = [
         ["weight lambda", _number(options["kd_weight"])],
         ["temperature", " to ".join(_number(value) for value in options["kd_temperature"])],
     ]
@@ -165,13 +181,27 @@ def _teacher(run: FinishedRun) -> str:
     given = {name: options.get(name, default) for name, default in METHOD_DEFAULTS.items()}
     if chosen := [_option(name, value) for name, value in given.items() if value != METHOD_DEFAULTS[name]]:
         rows.append(["other options", f"`{' '.join(chosen)}`"])
-    if off:
-        reason = "running" if off["reason"] == "surpass" and options["kd_off"] == "running" else off["reason"]
-        why = KD_OFF_REASONS.get(reason, reason)
-        rows.append(["silent from", f"epoch {_number(off['epoch'])}, update {off['update']}: {why}"])
-    else:
-        rows.append(["silent from", "never: it taught to the end"])
-    return "## Teacher\n\n" + _table(["", ""], rows)
+    return rows
+
+
+def _rungs_table(rungs: list[dict], metric: str, options: dict) -> str:
+    """Teachers that handed over to one another, a row each."""
+    header = ["teacher", "parameters", f"{metric} on the switch split", "on the reported split"]
+    header += ["since epoch", "silent from", "updates", "seconds", "PFLOPs"]
+    rows = []
+    for rung in rungs:
+        scores = [_number(rung["switch"]), _number(rung["report"]), _number(rung["since"]["epoch"])]
+        bill = [str(rung["updates"]), _number(rung["seconds"]), _number(rung["pflops"])]
+        rows.append([rung["model"], f"{rung['params'] / 1e6:.2f} M", *scores, _silence(rung["off"], options), *bill])
+    return _table(header, rows)
+
+
+def _silence(off: dict | None, options: dict) -> str:
+    """Where and why a teacher fell silent."""
+    if off is None:
+        return "never: it taught to the end"
+    reason = "running" if off["reason"] == "surpass" and options["kd_off"] == "running" else off["reason"]
+    return f"epoch {_number(off['epoch'])}, update {off['update']}: {KD_OFF_REASONS.get(reason, reason)}"
 
 
 def _option(name: str, value: object) -> str:

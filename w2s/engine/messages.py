@@ -56,6 +56,25 @@ def first_lines(
     return [*lines, *filter(None, [distillation.describe()])]
 
 
+def scores_text(
+    metrics: dict[str, float], evaluation: dict, teacher: dict | None, running: tuple[float, float] | None
+) -> str:
+    """What an evaluation has found.
+
+    Args:
+        metrics: the reported ones.
+        evaluation: from `Distillation.take_evaluation`.
+        teacher: its score.
+        running: the scores of student and teacher in training, with --kd-off running.
+    """
+    text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    if "switch" in evaluation:
+        text += f"; switch split {evaluation['switch']:.4g}, teacher {teacher['switch']:.4g}"
+    if running:
+        text += "; in training {:.4g}, teacher {:.4g}".format(*running)
+    return text
+
+
 def last_lines(summary: dict, place: str) -> list[str]:
     """What came of it. `place` says where its files are."""
     best = summary["best"] if summary["best"] is None else f"{summary['best']:.4g}"

@@ -9,6 +9,7 @@ from w2s.engine.errors import InputError
 from w2s.engine.parsing import (
     KeyValues,
     Parser,
+    Teachers,
     add_switch,
     backend,
     natural_int,
@@ -166,7 +167,8 @@ def add_kd_options(
         controls: those that a task knows, see w2s.controls.
     """
     group = parser.add_group_needing("teacher", "distillation (off without --teacher)")
-    group.add_argument("--teacher", metavar="RUN_OR_FILE", help=teacher)
+    taken = f"{teacher}; of several, each hands over to the next once it is passed or its window has ended"
+    group.add_argument("--teacher", nargs="+", action=Teachers, metavar="RUN_OR_FILE", help=taken)
     group.add_argument(
         "--teacher-model", metavar="NAME", help="architecture of a --teacher file: a timm NAME or torchvision/NAME"
     )
@@ -191,7 +193,7 @@ def add_kd_options(
         type=_kd_off,
         default="surpass",
         metavar="WHEN",
-        help=f"surpass, running (no split needed), never, or a number of {unit}",
+        help=f"surpass, running (no split needed), never (of several teachers: the last one), or a number of {unit}",
     )
     add_switch(group, "--kd-fade", "let lambda follow what is left of the teacher's lead (default: off)")
     add_switch(

@@ -223,6 +223,13 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, option_string == self.option_strings[0])
 
 
+class Teachers(argparse.Action):
+    """One word is that word, several are a list: a run with one teacher is recorded by its name."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 class KeyValues(ParseKwargs):
     """timm's NAME=VALUE words, with its errors as argparse knows them; true and false mean what they do in a recipe."""
 

@@ -1,5 +1,6 @@
 """From the options of the method to a `Distillation`: its phase, its control, its teacher and the teacher's score."""
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 from w2s.controls import Control
 from w2s.distillation import Distillation
 from w2s.engine.errors import InputError
+from w2s.engine.ladder import Introduce, Ladder, check_ladder
 from w2s.engine.plan import Plan
 from w2s.engine.randomness import mix_seed, own_randomness
 from w2s.engine.run import Run
@@ -38,8 +40,8 @@ def early_phase(args, length: float, mode: str, running: str | None = None) -> E
         running: the same for what --kd-off running compares; `mode` if None.
 
     Raises:
-        InputError: the window is longer than the run, an option is out of range, or --kd-control has no teacher to
-            stand in for or no other example in the batch to change places with.
+        InputError: the window is longer than the run, an option is out of range or not for several teachers, or
+            --kd-control has no teacher to stand in for or no other example in the batch to change places with.
     """
     if args.kd_control and not args.teacher:
         raise InputError(
@@ -48,6 +50,8 @@ def early_phase(args, length: float, mode: str, running: str | None = None) -> E
     _refuse_shuffling_one(args)
     if not args.teacher:
         return None
+    if isinstance(args.teacher, list):
+        check_ladder(args)
     is_running = args.kd_off == "running"
     for option, value in (("kd-control", args.kd_control), ("teacher-score", args.teacher_score)):
         if is_running and value is not None:
@@ -118,20 +122,22 @@ def start_distillation(
     plan: Plan,
     *,
     phase: EarlyPhase | None,
-    load: Callable[[], Teacher],
-    evaluate: Callable[[Teacher, object], float],
+    load: Callable[[str], Teacher],
+    count_flops: Callable[[Teacher], int],
+    evaluate: Callable[[object, object], float],
     report: object,
     switch: object | None,
     metric: str,
     switch_images: int | None = None,
 ) -> Distillation:
-    """The method of a run, continued from its checkpoint. The teacher is loaded only while its phase lasts.
+    """The method of a run, continued from its checkpoint. A teacher is loaded only while its phase lasts.
 
     Args:
         args: resolved options; this reads those of the group "distillation".
         phase: from `early_phase`.
-        load: makes the teacher, fitted to the student.
-        evaluate: gives a teacher's metric on a split, measured as the student's is.
+        load: makes the teacher of a name in --teacher, fitted to the student.
+        count_flops: gives those of a teacher's forward in an update.
+        evaluate: gives the metric of a student, or of what takes its place, on a split.
         report, switch: the reporting split and the switch split, as `evaluate` takes them.
         metric: its name, for the messages.
         switch_images: how many images the switch split has; None where the metric is no share of images in percent.
@@ -142,41 +148,64 @@ def start_distillation(
         InputError: no switch split, a teacher that does not fit, one whose score is not finite, or one without a loss
             to compare with --kd-off running.
     """
-    kd = Distillation(
-        phase,
-        control=build_control(args, process=run.accelerator.process_index, processes=run.accelerator.num_processes),
-        unit=plan.unit,
-        updates_per_epoch=plan.updates_per_epoch,
-        **build_measures(args, run),
-    )
+    is_running = args.kd_off == "running"
+    if phase and switch is None and not is_running:
+        raise InputError("--switch-split 0 leaves nothing to compare on; give a share above 0, or --kd-off running")
+
+    def fitting(spec: str) -> Teacher:
+        teacher = load(spec)
+        if is_running:
+            _refuse_unknown_classes(phase, teacher)
+        return teacher
+
+    def introduce(spec: str, score: dict | None) -> tuple[Teacher, dict]:
+        teacher = fitting(spec)
+        if score is None:
+            splits = {"report": report, "switch": None if is_running else switch, "images": switch_images}
+            given = {"metric": metric, "mode": phase.mode, "known_score": args.teacher_score}
+            score = score_teacher(teacher, run, evaluate=partial(evaluate, teacher.evaluated), **splits, **given)
+        if args.kd_control == "random":
+            untrain(teacher, seed=run.seed)
+        return teacher, score
+
+    kd = _build(args, run, plan, phase, introduce=introduce, measure=lambda model: evaluate(model, switch))
     if run.state:
         kd.load_state_dict(run.state)
-    if phase and switch is None and not kd.running:
-        raise InputError("--switch-split 0 leaves nothing to compare on; give a share above 0, or --kd-off running")
-    if not kd.active:
-        return kd
-    kd.teacher = load()
-    _refuse_unknown_classes(kd)
-    if kd.score is None:
-        kd.score = score_teacher(
-            kd.teacher,
-            run,
-            metric=metric,
-            mode=phase.mode,
-            evaluate=partial(evaluate, kd.teacher),
-            report=report,
-            switch=None if kd.running else switch,
-            known_score=args.teacher_score,
-            images=switch_images,
-        )
-    if args.kd_control == "random":
-        untrain(kd.teacher, seed=run.seed)
+    if isinstance(kd, Ladder):
+        kd.start(fitting, count=(lambda teacher: 0) if args.kd_control == "uniform" else count_flops)
+    elif kd.active:
+        kd.teacher, kd.score = introduce(args.teacher, kd.score)
     return kd
 
 
-def _refuse_unknown_classes(kd: Distillation) -> None:
+def _build(
+    args,
+    run: Run,
+    plan: Plan,
+    phase: EarlyPhase | None,
+    *,
+    introduce: Introduce,
+    measure: Callable[[object], float],
+) -> Distillation:
+    """The method of a run before its first update, for one teacher or for several."""
+    processes = {"process": run.accelerator.process_index, "processes": run.accelerator.num_processes}
+    control = build_control(args, **processes)
+    options = {"control": control, "unit": plan.unit, "updates_per_epoch": plan.updates_per_epoch}
+    if not isinstance(args.teacher, list):
+        return Distillation(phase, **build_measures(args, run), **options)
+
+    def renew(last: bool) -> dict:
+        renewed = copy.copy(phase)
+        if phase.off == "never" and not last:
+            renewed.off = "surpass"
+        return {"phase": renewed, **build_measures(args, run)}
+
+    return Ladder(args.teacher, renew=renew, introduce=introduce, measure=measure, log=run.log, **options)
+
+
+def _refuse_unknown_classes(phase: EarlyPhase, teacher: Teacher) -> None:
     """Refuse to compare losses in training with a teacher that does not know all classes."""
-    if kd.running and kd.phase.mode == "min" and getattr(kd.teacher, "known", None) is not None:
+    if phase.mode == "min" and getattr(teacher, "known", None) is not None:
         raise InputError(
             "--kd-off running compares losses, which are infinite for classes that the teacher does not know; leave it "
             "out, and the two are compared on the switch split"

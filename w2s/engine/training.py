@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from w2s.distillation import Distillation
 from w2s.engine.errors import Preempted
 from w2s.engine.launch import share_buffers
-from w2s.engine.messages import first_lines, last_lines
+from w2s.engine.messages import first_lines, last_lines, scores_text
 from w2s.engine.meter import LossMeter
 from w2s.engine.optim import clipped_parameters
 from w2s.engine.plan import Plan, compilations
@@ -108,8 +108,7 @@ class Job:
     def facts(self) -> dict:
         """What summary.json holds of this job."""
         return {
-            "teacher": self.distillation.score,
-            "kd_off": self.distillation.off,
+            **self.distillation.facts(),
             "flops": self.flops,
             "params": sum(p.numel() for p in self.student.parameters()),
             "weights": "ema" if self.ema else "raw",
@@ -121,18 +120,19 @@ class Job:
     def updates(self, stop: int) -> Iterator[int]:
         """Prepare each update until `stop` of them are done, or a signal asks to stop after a whole one."""
         self.model.train()
-        while self.update < stop and not self.stopped:
+        kd = self.distillation
+        while self.update < stop and not self.stopped and not kd.handing_over:
             self.scheduler.step_update(self.update)
-            self.distillation.advance(self.update)
+            kd.advance(self.update)
             self._note_silence()
             compiled, seconds = compilations(), self.run.clock.train_seconds
             yield self.update
             if compilations() > compiled:
                 self.run.clock.set_back(seconds)
-                self.distillation.forget_update()
-            self.distillation.advance(self.update)  # so that a checkpoint at the end of the window knows of its end
+                kd.forget_update()
+            kd.advance(self.update)  # so that a checkpoint at the end of the window knows of its end
             self._note_silence()
-            self.stopped = self.run.should_stop(self.update, now=self.update == stop)
+            self.stopped = self.run.should_stop(self.update, now=self.update == stop or kd.handing_over)
 
     def micro_batches(self) -> Iterator[int]:
         """Prepare each micro-batch of an update: its number."""
@@ -200,6 +200,7 @@ class Job:
         """Save, have the block evaluate where that is due, and save again, all of it outside the train seconds.
 
         What was trained is safe before the evaluation begins; a resumed run goes on with one that was not finished.
+        Where one of several teachers has fallen silent, the next one takes over at the end.
 
         Raises:
             NonFiniteLoss: the weights are broken; nothing is saved.
@@ -214,11 +215,15 @@ class Job:
                 run.preempt()
             try:
                 yield due
+                if due:
+                    self._evaluate_at = None
+                    self._save()
+                if self.distillation.handing_over and not self.done:
+                    self.distillation.hand_over(self.update, student=self.model_to_evaluate)
+                    self._note_silence()
+                    self._save()
             except Preempted:
                 run.preempt()
-            if due:
-                self._evaluate_at = None
-                self._save()
 
     def model_to_evaluate(self) -> nn.Module:
         """`evaluated_model` in eval mode, with the same BatchNorm statistics on all processes."""
@@ -236,7 +241,8 @@ class Job:
         evaluation = kd.take_evaluation()
         running = evaluation.pop("running", None)
         taught = self.flops["teacher_forward"] + self.flops.get("branches", 0)
-        flops = self.update * self.flops["student_update"] + kd.updates * taught
+        flops = self.update * self.flops["student_update"] + kd.taught_flops(taught)
+        record.facts |= {**kd.facts(), "skipped_updates": self.skipped}
         is_best = record.add(
             epoch=self.epoch,
             update=self.update,
@@ -250,14 +256,8 @@ class Job:
             **evaluation,
             **metrics,
         )
-        values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        if "switch" in evaluation:
-            values += f"; switch split {evaluation['switch']:.4g}, teacher {kd.score['switch']:.4g}"
-        if running:
-            values += "; in training {:.4g}, teacher {:.4g}".format(*running)
-        run.log(f"epoch {self.epoch:.4g}, update {self.update}: {values}")
+        run.log(f"epoch {self.epoch:.4g}, update {self.update}: {scores_text(metrics, evaluation, kd.score, running)}")
         if self.skipped:
-            record.write_summary(skipped_updates=self.skipped)
             run.log(f"{self.skipped} updates so far were skipped, because a gradient overflowed in fp16")
         if is_best and run.keeps:
             self.export(self.evaluated_model, run.folder / "best")
@@ -271,7 +271,7 @@ class Job:
             return
         self._silence_noted = True
         self._take_teacher_seconds()
-        self.run.record.write_summary(kd_off=self.distillation.off)
+        self.run.record.write_summary(**self.distillation.facts())
         self.run.log(self.distillation.describe_off())
 
     # ---- checkpoints, the first lines and the last ----

@@ -30,6 +30,7 @@ from w2s.engine.run import Run
 from w2s.images.branches import LogitHead, StudentBranches, branch_flops, find_features
 from w2s.images.data import ImageData
 from w2s.images.models import classifier_flops
+from w2s.images.teacher import ImageTeacher
 from w2s.losses import (
     enhanced_cross_entropy,
     interpolated_logits,
@@ -220,9 +221,14 @@ def update_flops(term: Term, student: nn.Module, batch: int) -> dict[str, int]:
     shape, kd = student.pretrained_cfg["input_size"], term.kd
     flops = {"student_update": classifier_flops(student, shape, batch=batch, train=True), "teacher_forward": 0}
     if kd.needs_forward:
-        teacher_shape = (shape[0], *kd.teacher.size)
-        flops["teacher_forward"] = classifier_flops(kd.teacher.model, teacher_shape, batch=batch, train=False)
+        flops["teacher_forward"] = forward_flops(kd.teacher, student, batch=batch)
     return flops | ({"branches": term.flops} if term.flops else {})
+
+
+def forward_flops(teacher: ImageTeacher, student: nn.Module, batch: int) -> int:
+    """FLOPs of a teacher's forward in an update, with the arguments of `update_flops`."""
+    shape = (student.pretrained_cfg["input_size"][0], *teacher.size)
+    return classifier_flops(teacher.model, shape, batch=batch, train=False)
 
 
 @torch.no_grad()

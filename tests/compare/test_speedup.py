@@ -5,7 +5,19 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from compare.folders import KD_OFF, NAN, TEACHER, core, numbers, report_of, result_of, table, write_run, write_runs
+from compare.folders import (
+    KD_OFF,
+    NAN,
+    TEACHER,
+    core,
+    numbers,
+    report_of,
+    result_of,
+    set_option,
+    table,
+    write_run,
+    write_runs,
+)
 
 from w2s.compare.runs import read_run
 from w2s.compare.speedup import compare_arms
@@ -214,6 +226,30 @@ def test_the_teachers_training_is_in_the_bill_where_its_run_is_beside(tmp_path):
     assert versus["total_seconds"]["paid_back_after"] == 1
     assert "speedup_with_teacher" not in versus["epoch"]
     assert "the teacher's own training (old) took 12 train seconds" in report_of(tmp_path)
+
+
+def test_the_training_of_all_teachers_that_taught_is_in_the_bill_each_once(tmp_path):
+    """The middle one taught in seed 1 only, the last one in none."""
+    flops = {"student_update": 100, "teacher_forward": 25}
+    for name, seconds in (("weak", 1.0), ("mid", 10.0), ("strong", 100.0)):
+        write_run(tmp_path / name, [40, 50], seconds=seconds)
+    base = write_runs(tmp_path, "base", [[1, 2, 3, 60]] * 2, flops=flops)
+    specs = ["x/weak", "x/mid", "x/strong"]
+    treated = []
+    for seed, updates in enumerate([(10, 0), (10, 10)]):
+        rungs = []
+        for spec, count in zip(specs, updates, strict=False):
+            rung = TEACHER | {"checkpoint": f"{spec}/model", "since": {"epoch": 0.0, "update": 0}, "off": KD_OFF}
+            rungs.append(rung | {"updates": count, "seconds": 1.0, "pflops": count * 50 / 1e15})
+        facts = {"teacher": rungs[-1], "teachers": rungs, "kd_off": KD_OFF, "flops": flops, "seed": seed}
+        options = {"teacher": specs}
+        treated.append(write_run(tmp_path / f"w2s-{seed}", [1, 60, 60, 60], options=options, **facts))
+    costs = result_of(tmp_path, base, treated)["costs"]["treated"]
+    assert costs["teacher_training"] == {"run": "weak, mid", "train_seconds": 22, "total_seconds": 48, "pflops": 1.0}
+    assert costs["flops_bound"] == 1.5, "of the updates that were taught"
+    set_option(treated[1], teacher=["x/weak", "x/strong", "x/mid"])
+    with pytest.raises(ValueError, match="arm treated differ in teachers"):
+        numbers(base, treated)
 
 
 def test_a_teacher_that_is_not_at_hand_leaves_the_bill_open(arms, tmp_path):

@@ -1,6 +1,7 @@
 """Teachers that hand over to one another: when, with what begun anew, and what is written down of each."""
 
 import copy
+import gc
 import json
 import weakref
 
@@ -16,6 +17,16 @@ from w2s.engine.teaching import early_phase
 from w2s.running import GradientBalance, RunningScores
 from w2s.schedule import EarlyPhase
 from w2s.teacher import Teacher
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_release():
+    """Each release collects garbage: what the imports have made need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 SCORES = {"weak": 50.0, "mid": 60.0, "strong": 70.0}
 FLOPS = {"weak": 10, "mid": 100, "strong": 1000}

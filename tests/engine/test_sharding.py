@@ -56,6 +56,7 @@ def options(**changes: object) -> SimpleNamespace:
         ({"torchcompile": "inductor"}, ["--torchcompile"]),
         ({"kd_balance": True}, ["--kd-balance", "FSDP2"]),
         ({"kd_term": "nd"}, ["--kd-term", "FSDP2"]),
+        ({"teacher": ["weak", "strong"]}, ["several teachers", "FSDP2"]),
     ],
 )
 def test_options_that_need_whole_weights_are_refused(changes, words):

@@ -96,7 +96,7 @@ def settle_options(args, accelerator: accelerate.Accelerator) -> None:
     for option in ("kd_term", "kd_target", "kd_balance"):
         if getattr(args, option, None):
             raise InputError(f"--{option.replace('_', '-')} was not tried under FSDP2; leave one of the two out")
-    if isinstance(args.teacher, list):
+    if isinstance(getattr(args, "teacher", None), list):
         raise InputError("several teachers were not tried under FSDP2; give one --teacher")
     args.channels_last = False  # weights in NHWC are not contiguous and cannot be cut into parts
 

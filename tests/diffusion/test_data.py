@@ -11,14 +11,15 @@ import torch
 from helpers import words
 from PIL import Image
 from torch.testing import assert_close
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 import train_diffusion
 from w2s.diffusion.data import Reference, load_diffusion_data, save_grid
 from w2s.engine.errors import InputError
 from w2s.engine.randomness import epoch_order
 from w2s.images.digits import Digits
-from w2s.images.loading import train_batches
+from w2s.images.loading import ImageSplit, train_batches
+from w2s.images.pixels import to_pixels
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
 
@@ -67,6 +68,22 @@ def test_digits_as_they_are(cache):
         assert not set(rows) & set(data.switch.images.rows)
     held_out = {image.tobytes() for image in every(switch).numpy()}
     assert not held_out & {image.tobytes() for image in pixels.numpy()}
+
+
+class Where(Dataset):
+    """White images where a worker reads them, black ones elsewhere."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row: int) -> tuple[Image.Image, int]:
+        return Image.new("L", (8, 8), 0 if get_worker_info() is None else 255), 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_references_that_are_not_in_memory_are_read_by_the_workers_there_are(workers):
+    images = ImageSplit(Where(), np.arange(4), mode="L", transform=to_pixels, on_device=None)
+    assert every(Reference(images, key={}, workers=workers)).unique().tolist() == [255 * workers]
 
 
 def test_another_split_size_and_flips():

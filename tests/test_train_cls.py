@@ -1561,8 +1561,8 @@ def test_an_export_with_another_stem_and_one_channel_is_a_teacher(tmp_path):
 
 QUICK = "--train-samples 256 --switch-split 0.1 --lr 1e-2 --no-aug --model-kwargs channels=(16,16,32,32) stem_width=16"
 LADDER = (
-    f"{QUICK} --epochs 4 --evals-per-epoch 2 --kd-weight 1 --kd-warmup 0 --kd-hold 3 --kd-decay 1 --kd-patience 1 "
-    "--recovery-interval 3 --teacher"
+    f"{QUICK} --epochs 4 --kd-weight 1 --kd-warmup 0 --kd-hold 3 --kd-decay 1 --kd-patience 1 --recovery-interval 5 "
+    "--teacher"
 )
 
 
@@ -1603,8 +1603,8 @@ def test_teachers_hand_over_to_one_another(climbed, rungs):
 
     assert f"{rungs[0]} (surpass) hands over to {rungs[1]}" in log and f"{rungs[1]} is skipped" in log
     assert f"{rungs[1]} (passed before it taught) hands over to {rungs[2]}" in log
-    row = next(row for row in rows if int(row["update"]) == passed + 4)
-    assert float(row["kd_weight"]) == 1 and float(row["kd_temperature"]) == pytest.approx(6 - 5 * 0.5 / 4)
+    row = next(row for row in rows if int(row["update"]) == passed + 8)
+    assert float(row["kd_weight"]) == 1 and float(row["kd_temperature"]) == pytest.approx(6 - 5 / 4)
 
     flops, taught = summary["flops"], weak["pflops"] + strong["pflops"]
     assert weak["pflops"] == pytest.approx(passed * flops["teacher_forward"] / 1e15)
@@ -1685,14 +1685,13 @@ def test_two_processes_climb_as_one(rungs, tmp_path):
             assert float(row[column] or 0) == pytest.approx(float(other[column] or 0), abs=1e-4), column
 
 
-@pytest.mark.parametrize("control", ["uniform", "random"])
-def test_a_control_takes_the_place_of_each_teacher(control, rungs, tmp_path):
-    options = f"--epochs 1 --kd-control {control} --kd-off 0.5 --kd-warmup 0 --kd-hold 1 --kd-decay 0 --teacher"
+def test_a_control_takes_the_place_of_each_teacher(rungs, tmp_path):
+    options = "--epochs 1 --kd-control uniform --kd-off 0.5 --kd-warmup 0 --kd-hold 1 --kd-decay 0 --teacher"
     summary = read_summary(run(tmp_path, "run", options, rungs[0], rungs[2]))
     assert [rung["updates"] for rung in summary["teachers"]] == [2, 2]
     assert [rung["off"]["reason"] for rung in summary["teachers"]] == ["fixed", "fixed"]
     assert [rung["switch"] > 0 for rung in summary["teachers"]] == [True, True]
-    assert all((rung["pflops"] > 0) == (control != "uniform") for rung in summary["teachers"])
+    assert [rung["pflops"] for rung in summary["teachers"]] == [0, 0], "it asks no teacher"
 
 
 @pytest.mark.parametrize("what", ["a missing one", "other classes"])
@@ -1707,8 +1706,7 @@ def test_a_later_teacher_that_does_not_fit_is_refused_at_the_start(what, tiny_te
 
 def test_compare_pays_for_all_teachers_that_taught(climbed, rungs, tmp_path):
     folder, weak = climbed[0], rungs[0]
-    alone = run(tmp_path, "alone", QUICK, "--epochs 4 --evals-per-epoch 2 --target 20")
-    arms = ("--arm", f"alone={alone}", "--arm", f"climbed={folder}")
+    arms = ("--arm", f"again={shutil.copytree(folder, tmp_path / 'again')}", "--arm", f"climbed={folder}")
     assert compare.main([str(word) for word in (*arms, "--out", tmp_path / "out")]) == 0
     paid = json.loads((tmp_path / "out" / "speedup.json").read_text())["costs"]["climbed"]
     spent = [float(read_rows(rung)[-1]["pflops"]) for rung in (weak, rungs[2])]

@@ -123,14 +123,14 @@ def test_a_finished_run_becomes_a_folder_that_others_load(taught):
 
 
 def test_a_card_has_a_row_for_each_of_several_teachers(taught, tiny_teacher, tmp_path):
-    phase = "--epochs 1 --kd-warmup 0 --kd-off 0.5 --kd-control labels"
+    phase = "--epochs 1 --kd-warmup 0 --kd-off 0.5 --kd-control random"
     parts = ("--teacher", tiny_teacher, taught, "--name two --output", tmp_path)
     call_script(train_cls.main, DIGITS, RESNET, phase, *parts)
     text = (share_folder(tmp_path / "two") / "README.md").read_text()
     _, _, first, second, *_ = (line for line in text.split("## Teachers")[1].splitlines() if line[:1] == "|")
     assert first.split(" | ")[4:7] == ["0", "epoch 0.5, update 2: as --kd-off said", "2"]
     assert second.split(" | ")[4:7] == ["0.5", "epoch 1, update 4: as --kd-off said", "2"]
-    assert "by a frozen resnet10t and then a " in text and "| in its place (control) | labels |" in text
+    assert "by a frozen resnet10t and then a " in text and "| in its place (control) | random |" in text
 
 
 def test_options_that_a_card_leaves_out_are_the_defaults():

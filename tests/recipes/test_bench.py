@@ -72,6 +72,8 @@ def test_a_benchmark_without_a_teacher_is_refused():
         call_script(bench.main, DIGITS, RESNET)
     with pytest.raises(InputError, match="--kd-control: a benchmark"):
         call_script(bench.main, DIGITS, RESNET, "--teacher nowhere --kd-control random")
+    with pytest.raises(InputError, match="a benchmark times one --teacher"):
+        call_script(bench.main, DIGITS, RESNET, "--teacher weak strong")
 
 
 # ---- the other scripts, and the libraries' own loops beside them ----

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from helpers import DIGITS, TEACHER, call_script  # first: it sets the environment
 
-# pytest keeps what is logged, and torch.distributed.checkpoint logs several lines for each tensor
-logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
+
+def pytest_collection_finish() -> None:
+    """pytest keeps what is logged, and torch.distributed.checkpoint, which by now is imported, logs every tensor."""
+    logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 
 def pytest_sessionfinish() -> None:

@@ -182,7 +182,7 @@ def refused(*words: str) -> Iterator[pytest.ExceptionInfo]:
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["torch._dynamo", "sklearn.model_selection", "sklearn.datasets", "train_cls", "train_diffusion"]
+    ["torch._dynamo", "sklearn.model_selection", "sklearn.datasets", "train_cls", "train_det", "train_diffusion"]
 )
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp says so in every run of one process
-REST = "rest.pt"  # what of the optimiser and the gradient scaler is no tensor
+REST = "rest.pt"  # what of the optimiser and the gradient scaler is no tensor, or a single number as its steps are
 
 
 class Trained(NamedTuple):
@@ -114,8 +114,8 @@ def _check_fit(tensors: dict[str, Tensor], stored: dict[str, TensorStorageMetada
 
 
 def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> object:
-    """`value` with None in the place of each tensor, which goes into `tensors` under its path."""
-    if isinstance(value, Tensor):
+    """`value` with None in the place of each tensor of several numbers, which goes into `tensors` under its path."""
+    if isinstance(value, Tensor) and value.ndim > 0:
         tensors[name] = value
         return None
     if isinstance(value, dict):

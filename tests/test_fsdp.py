@@ -258,7 +258,7 @@ def test_the_launcher_shards_as_the_config_says(tmp_path):
     config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no", "main_process_port": free_port()}
     (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(config))
     done = run_script(
-        "train_cls", DIGITS, VIT, "--name run --output", tmp_path, processes=2, config=tmp_path / "fsdp.yaml"
+        "train_cls", DIGITS, VIT, "--epochs 1 --name run --output", tmp_path, processes=2, config=tmp_path / "fsdp.yaml"
     )
     assert done.returncode == 0, done.stderr
     assert read_summary(tmp_path / "run")["environment"]["sharding"] == "fsdp2"

@@ -11,7 +11,7 @@ def errors_in(text: str) -> list[str]:
 
 
 def test_when_a_machine_fails_the_other_ends_with_one_line_and_both_resume_to_the_end(tmp_path):
-    command = words(DIGITS, RESNET, "--batch-size 16 --epochs 20 --recovery-interval 2")
+    command = words(DIGITS, RESNET, "--batch-size 16 --epochs 6 --recovery-interval 2")
     command += words("--name run --resume auto --output", tmp_path)
 
     def start(*more: object) -> list[Machine]:

@@ -24,7 +24,7 @@ REMEDIES = {
     "start-epoch": "--resume auto goes on where the newest checkpoint stands",
     "sched-on-updates": "the schedule always runs on updates",
     "test-only": "write --eval-only",
-    "val-interval": "give --evals-per-epoch N, which is at least 1",
+    "val-interval": "give --evals-per-epoch, which is 0.5 for every second epoch",
     "wandb-project": "the project of a tracker is --project",
 }
 

@@ -16,6 +16,7 @@ from w2s.engine.parsing import (
     not_negative,
     positive,
     positive_int,
+    rate_of_evaluations,
     share,
 )
 from w2s.engine.trackers import TRACKERS
@@ -141,7 +142,11 @@ def add_training_options(parser: Parser, epochs: int, batch_size: int) -> argpar
         help="per process; changes no result (default: --batch-size)",
     )
     group.add_argument(
-        "--evals-per-epoch", type=positive_int, default=1, metavar="N", help="evaluations, evenly spread"
+        "--evals-per-epoch",
+        type=rate_of_evaluations,
+        default=1,
+        metavar="N",
+        help="evaluations, evenly spread; 0.5 for every second epoch",
     )
     return group
 

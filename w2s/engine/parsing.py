@@ -260,12 +260,22 @@ def _checked(kind: type, holds: Callable[[float], bool], meaning: str) -> Callab
     return parse
 
 
+def _int_or_float(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 positive_int = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
 natural_int = _checked(int, lambda value: 0 <= value < 2**32, "a whole number of 0 or more")
 share = _checked(float, lambda value: 0 <= value < 1, "a number in [0, 1)")
 probability = _checked(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
 not_negative = _checked(float, lambda value: value >= 0, "a number of 0 or more")
 positive = _checked(float, lambda value: value > 0, "a number above 0")
+rate_of_evaluations = _checked(
+    _int_or_float,
+    lambda value: isinstance(value, int) if value >= 1 else value > 0 and abs(round(1 / value) * value - 1) < 0.02,
+    "a whole number, or 0.5 for every second epoch, 0.25 for every fourth and so on",
+)
 
 
 def backend(text: str) -> str:

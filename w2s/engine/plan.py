@@ -44,8 +44,11 @@ def plan_updates(args, run: Run, samples: int, *, epochs: int | None = None, upd
     return Plan(batch, updates_per_epoch=updates_per_epoch, total=total, unit="update" if epochs is None else "epoch")
 
 
-def grid_point(update: int, updates_per_epoch: int, evals_per_epoch: int) -> int:
-    """The first update after `update` at which one of evenly spread evaluations of an epoch is due."""
+def grid_point(update: int, updates_per_epoch: int, evals_per_epoch: float) -> int:
+    """The first update after `update` at which an evaluation is due: evenly spread over an epoch, or epochs apart."""
+    if evals_per_epoch < 1:
+        apart = round(1 / evals_per_epoch) * updates_per_epoch
+        return (update // apart + 1) * apart
     epoch, within = divmod(update, updates_per_epoch)
     grid = (round(k * updates_per_epoch / evals_per_epoch) for k in range(1, evals_per_epoch + 1))
     return epoch * updates_per_epoch + next(point for point in grid if point > within)

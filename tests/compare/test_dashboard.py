@@ -72,6 +72,7 @@ def test_the_run_carries_group_job_type_and_tags(logged, folder):
     [
         ({"teacher": None}, "baseline"),
         ({}, "w2s"),
+        ({"kd_off": "running"}, "w2s-running"),
         ({"kd_off": "never"}, "w2s-never-off"),
         ({"kd_off": 4.0}, "w2s-off-at-4"),
         ({"kd_control": "labels", "kd_off": 2.5}, "labels-off-at-2.5"),

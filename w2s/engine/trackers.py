@@ -84,7 +84,8 @@ def arm_of(options: dict) -> str:
     if not options["teacher"]:
         return "baseline"
     off = options["kd_off"]
-    when = "" if off == "surpass" else "-never-off" if off == "never" else f"-off-at-{off:g}"
+    named = {"surpass": "", "running": "-running", "never": "-never-off"}
+    when = named[off] if off in named else f"-off-at-{off:g}"
     return (options["kd_control"] or "w2s") + when
 
 

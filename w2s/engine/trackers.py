@@ -84,8 +84,9 @@ def arm_of(options: dict) -> str:
     if not options["teacher"]:
         return "baseline"
     off = options["kd_off"]
-    named = {"surpass": "", "running": "-running", "never": "-never-off"}
-    when = named[off] if off in named else f"-off-at-{off:g}"
+    when = {"surpass": "", "running": "-running", "never": "-never-off"}.get(off)
+    if when is None:
+        when = f"-off-at-{off:g}"
     return (options["kd_control"] or "w2s") + when
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Which of several teachers should teach this student?
 
-python recipes/choose_teacher.py -c recipes/digits_w2s.yaml --teacher RUN_A --teacher RUN_B
-python recipes/choose_teacher.py -c RECIPE --teacher A --teacher B --probe-updates 500 --json choice.json
+python recipes/choose_teacher.py -c recipes/digits_w2s.yaml --teacher RUN_A RUN_B
+python recipes/choose_teacher.py -c RECIPE --teacher A B C --probe-updates 500 --json choice.json
 
 It prints one line for each candidate, measured with the student, the data and the options of a recipe of train_cls.py,
 and then one recommendation. Nothing is kept on disk but --json. The columns:
@@ -260,7 +260,7 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object
         InputError: an option is wrong, or fewer than two candidates.
     """
     several = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    several.add_argument("--teacher", action="append", default=[])
+    several.add_argument("--teacher", nargs="+", action="extend", default=[])
     candidates, rest = several.parse_known_args(argv)
     parser = train_cls.build_parser()
     parser.description = __doc__
@@ -271,7 +271,7 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object
     parsed = {spec: parser.parse_recipe([*rest, "--teacher", spec]) for spec in candidates.teacher}
     if len(parsed) < 2:
         parser.parse_recipe(rest)  # --help, and what is wrong with other options
-        raise InputError(f"{len(parsed)} candidates: give --teacher at least twice")
+        raise InputError(f"{len(parsed)} candidates: give --teacher at least two")
     args = next(iter(parsed.values()))
     if args.measured and len(args.measured) != len(parsed):
         raise InputError(f"--measured gives {len(args.measured)} speedups for {len(parsed)} candidates")

@@ -61,7 +61,7 @@ def test_a_choice_between_two_teachers(tmp_path, tiny_teacher, capsys):
     command = words(
         DIGITS, RESNET, "--probe-updates 4 --measured 1 2 --name choice --output", tmp_path / "out", "--json"
     )
-    call_script(main, command, tmp_path / "c.json", "--teacher", tiny_teacher, "--teacher", better)
+    call_script(main, command, tmp_path / "c.json", "--teacher", tiny_teacher, better)
     figures = json.loads((tmp_path / "c.json").read_text())
     assert list(figures["candidates"]) == [str(tiny_teacher), str(better)]
     student = create_model("resnet10t", 10, model_kwargs={"channels": (8, 8, 16, 16), "stem_width": 8})
@@ -87,7 +87,7 @@ def test_the_probe_follows_the_recipes_balance(tmp_path, tiny_teacher):
 
 def test_what_does_not_fit_is_refused(tmp_path, tiny_teacher):
     command = words(DIGITS, RESNET, "--output", tmp_path / "out", "--teacher", tiny_teacher)
-    with pytest.raises(InputError, match="1 candidates: give --teacher at least twice"):
+    with pytest.raises(InputError, match="1 candidates: give --teacher at least two"):
         call_script(main, command)
     with pytest.raises(InputError, match="nowhere"):
         call_script(main, command, "--teacher", tmp_path / "nowhere")

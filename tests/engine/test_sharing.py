@@ -126,11 +126,16 @@ def test_a_card_has_a_row_for_each_of_several_teachers(taught, tiny_teacher, tmp
     phase = "--epochs 1 --kd-warmup 0 --kd-off 0.5 --kd-control random"
     parts = ("--teacher", tiny_teacher, taught, "--name two --output", tmp_path)
     call_script(train_cls.main, DIGITS, RESNET, phase, *parts)
-    text = (share_folder(tmp_path / "two") / "README.md").read_text()
+    folder = tmp_path / "two"
+    text = (share_folder(folder) / "README.md").read_text()
     _, _, first, second, *_ = (line for line in text.split("## Teachers")[1].splitlines() if line[:1] == "|")
     assert first.split(" | ")[4:7] == ["0", "epoch 0.5, update 2: as --kd-off said", "2"]
     assert second.split(" | ")[4:7] == ["0.5", "epoch 1, update 4: as --kd-off said", "2"]
     assert "by a frozen resnet10t and then a " in text and "| in its place (control) | random |" in text
+    summary = read_summary(folder)
+    summary["teachers"][1]["updates"] = 0  # as if the student had passed it before it taught
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "by a frozen resnet10t (weak to strong" in (share_folder(folder) / "README.md").read_text()
 
 
 def test_options_that_a_card_leaves_out_are_the_defaults():

@@ -119,7 +119,8 @@ def _introduction(run: FinishedRun) -> str:
     text = f"# {summary['name']}\n\n{kind} ({params}), trained on {data} with w2s, "
     if teacher is None:
         return text + "without a teacher."
-    models = " and then a ".join(rung["model"] for rung in summary.get("teachers") or [teacher])
+    taught = [rung for rung in summary.get("teachers") or () if rung["updates"]]
+    models = " and then a ".join(rung["model"] for rung in taught or [teacher])
     return text + f"taught early in its training by a frozen {models} (weak to strong, arXiv:2604.15451)."
 
 

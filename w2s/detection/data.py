@@ -102,7 +102,7 @@ def _find_folder(data: str, output: Path) -> Path:
         folder = built_in_digits(output / "digits_det")
         check_digits(folder)
     if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder; digits_det and hfds/NAME_OR_FOLDER are no folders")
+        raise InputError(f"--data {folder}: no such folder; other data are called digits_det or hfds/NAME_OR_FOLDER")
     return folder
 
 

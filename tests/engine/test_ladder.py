@@ -65,6 +65,7 @@ def ladder(
 
     def introduce(spec: str, score: dict | None) -> tuple[Teacher, dict]:
         teacher = load(spec)
+        teacher(torch.ones(1, 2))  # as its score is measured
         return teacher, score or teacher.facts(switch=SCORES[spec], report=SCORES[spec] - 1)
 
     made = Control(kind=control, seed_of=lambda update, micro: 0) if control else None
@@ -151,7 +152,9 @@ def test_where_all_others_are_passed_the_teaching_is_over():
 @pytest.mark.parametrize(("measured", "skipped"), [(60.0, False), (60.1, True)])
 def test_after_a_window_the_student_is_measured_anew(measured, skipped):
     kd = started(["weak", "mid"], measured=measured)
-    train(kd, 0, 60)
+    train(kd, 0, 20)
+    kd.observe(40.0, update=20)
+    train(kd, 20, 60)
     kd.hand_over(60, student=object)
     assert (kd.load.alive == []) == skipped
 
@@ -220,6 +223,7 @@ def test_each_teacher_has_a_bill_of_its_own():
     kd.restart_timer()
     train(kd, 0, 10)
     passed(kd, 10, student=55.0)
+    assert kd.take_seconds() == 0, "to measure its score is not to teach"
     train(kd, 10, 13)
     kd.take_seconds()
     weak, mid = kd.facts()["teachers"]

@@ -173,8 +173,12 @@ def test_never_holds_for_the_last_teacher_only():
     passed(kd, 10, student=90.0)
     assert kd.load.alive == ["mid"], "the last one is not skipped"
     kd.advance(500)
-    kd.observe(99.0, update=500)
-    assert kd.active and kd.weight == 2.0
+    again = ladder(["weak", "mid"], off="never")
+    again.load_state_dict(json.loads(json.dumps(kd.state_dict())))
+    for one in (kd, again):
+        one.observe(99.0, update=500)
+        one.advance(500)
+        assert one.active and one.weight == 2.0
 
 
 def test_a_weaker_teacher_after_a_stronger_one_is_warned_of():

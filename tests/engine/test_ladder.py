@@ -277,8 +277,8 @@ def test_a_checkpoint_brings_it_back_wherever_it_stands(where):
 )
 def test_what_several_teachers_cannot_share_is_refused(words, needed):
     for teachers in ("a", "a b"):
-        words = f"--dataset digits --model resnet10t --epochs 10 {words} --teacher {teachers}"
-        args = build_parser().parse_recipe(words.split())
+        command = f"--dataset digits --model resnet10t --epochs 10 {words} --teacher {teachers}"
+        args = build_parser().parse_recipe(command.split())
         resolve(args)
         if teachers == "a":
             assert args.teacher == "a" and early_phase(args, length=10, mode="max")
@@ -293,3 +293,5 @@ def test_a_recipe_takes_a_list_and_one_value_stays_a_name(tmp_path):
         recipe.write_text(f"teacher: {text}\n")
         assert build_parser().parse_recipe(["-c", str(recipe)]).teacher == taken
     assert build_parser().parse_recipe(["-c", str(recipe), "--teacher", "x", "y"]).teacher == ["x", "y"]
+    with refused("more than once", "several teachers follow one"):
+        build_parser().parse_recipe(["--teacher", "x", "--teacher=y"])

@@ -83,6 +83,8 @@ class Parser(argparse.ArgumentParser):
         """
         words = list(sys.argv[1:] if argv is None else argv)
         args = self.parse_args(words)
+        if [word.partition("=")[0] for word in words].count("--teacher") > 1:  # argparse would keep the last one
+            raise InputError("--teacher is given more than once; several teachers follow one: --teacher WEAK STRONG")
         if config := args.config:
             tokens = self._recipe_tokens(Path(config))
             try:

@@ -808,7 +808,7 @@ def test_two_processes_train_as_one(tmp_path, tiny_teacher):
 TERM_PHASE = "--kd-weight 1 --kd-warmup 0.25 --kd-hold 0.5 --kd-decay 0.25"
 
 
-@pytest.mark.parametrize("term", ["nd", "ofa --kd-target taid", "features"])
+@pytest.mark.parametrize("term", ["nd", "ofa --kd-target taid"])
 def test_two_processes_train_the_branches_of_a_term_as_one(term, tmp_path, tiny_teacher):
     """Through an update before the teacher speaks, three with it, and four after it; nothing of them is exported."""
     command = words(VIT, TERM_PHASE, "--warmup-epochs 0.5 --evals-per-epoch 4 --model-ema --kd-term", term)

@@ -385,6 +385,7 @@ def submit(cluster: dict, recipe: Path) -> tuple[int, list[str], str]:
 
 TINY = {
     "dataset": "digits",
+    "train-samples": 400,
     "img-size": 16,
     "model": "resnet10t",
     "model-kwargs": {"channels": [8, 8, 8, 8], "stem_width": 8},

@@ -9,7 +9,7 @@ def test_the_quickstart_notebook_runs(tmp_path, monkeypatch):
     notebook = nbformat.read(ROOT / "recipes" / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     setup = notebook.cells[1]
-    for line, shorter in (("EPOCHS = 10", "EPOCHS = 1"), ('OUTPUT = "output/notebook"', f'OUTPUT = "{tmp_path}"')):
+    for line, shorter in (("EPOCHS = 10", "EPOCHS = 2"), ('OUTPUT = "output/notebook"', f'OUTPUT = "{tmp_path}"')):
         assert setup.source.count(line) == 1
         setup.source = setup.source.replace(line, shorter)
     for name, value in ON_CPU.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import accelerate
 import yaml
+from torch.distributed.checkpoint import CheckpointException
 
 from w2s.engine.errors import Finished, InputError, last_line
 from w2s.engine.files import LOCK, check_writable, drop_folder, put_in_place
@@ -143,9 +144,7 @@ def load_checkpoint(path: Path, trained: Trained) -> None:
     """
     try:
         read_tensors(path, trained)
-    except BaseException as error:  # torch and pickle raise many kinds for a damaged file
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except (Exception, CheckpointException) as error:  # torch and pickle raise many kinds for a damaged file
         reason = last_line(error, limit=200)
         raise InputError(f"cannot load checkpoint {path}: {type(error).__name__}: {reason}") from None
 

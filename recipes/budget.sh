@@ -16,7 +16,7 @@ teacher=${TEACHER:-recipes/quickstart_teacher.yaml}
 budgets=${BUDGETS:-6 12 24} rates=${RATES:-5e-4 1e-3 2e-3} seeds=${SEEDS:-0 1 2} tuning_seeds=${TUNING_SEEDS:-10 11}
 logs=$output/budget
 . recipes/pool.sh
-train=(python train_cls.py --output "$logs" --resume auto "${more[@]}" -c)
+train=(python train_cls.py --output "$logs" --resume auto ${more[@]+"${more[@]}"} -c)
 
 student() { # ARM EPOCHS RATE SEED NAME WORDS...
     local words=("$baseline")
@@ -33,7 +33,9 @@ logs, arm, epochs, rates, seeds = sys.argv[1:]
 
 def mean_final(rate):
     runs = [Path(logs) / f"tune-{arm}-{epochs}-{rate}-seed{seed}" for seed in seeds.split()]
-    return sum(json.loads((run / "summary.json").read_text())["last"] for run in runs) / len(runs)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+    ends = [summary["last"] if summary["status"] == "finished" else float("-inf") for summary in summaries]
+    return sum(ends) / len(ends)
 
 scores = {rate: mean_final(rate) for rate in rates.split()}
 print(f"{arm}, {epochs} epochs: " + ", ".join(f"{rate} {score:.2f}" for rate, score in scores.items()), file=sys.stderr)
@@ -44,6 +46,7 @@ EOF
 echo "The teacher"
 python train_cls.py --output "$logs" --resume auto -c "$teacher" --name teacher
 echo "The learning rates, on seeds $tuning_seeds and on training data that is held out"
+may_fail=3  # a rate at which the loss is no longer finite is a bad rate, and no reason to stop
 for epochs in $budgets; do
     for arm in alone taught; do
         for rate in $rates; do
@@ -54,6 +57,7 @@ for epochs in $budgets; do
     done
 done
 finish
+may_fail=
 echo "The runs that are reported"
 for epochs in $budgets; do
     for arm in alone taught; do

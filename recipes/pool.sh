@@ -3,8 +3,9 @@
 # stderr.
 #     start NAME COMMAND...     starts a run as soon as fewer than JOBS are going on; it logs to $logs/NAME.log
 #     finish [NAME]             waits for that run, or for all runs
-# If a run has failed, both functions end the script and show the last lines of its log. No run outlives the script:
-# when it ends, runs that are still going on are told to stop. They save, and go on when the script is run again.
+# If a run has failed, both functions end the script and show the last lines of its log, except where it ended with the
+# exit code in `may_fail`. No run outlives the script: when it ends, runs that are still going on are told to stop. They
+# save, and go on when the script is run again.
 # COMMAND must be a program, because a shell function would not receive the signal.
 jobs=${JOBS:-2}
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
@@ -25,13 +26,17 @@ finish() {
 }
 
 reap() { # forget the runs that have ended successfully
-    local each left=
+    local each code left=
     for each in $running; do
         if kill -0 "${each%%:*}" 2> /dev/null; then
             left+=" $each"
-        elif ! wait "${each%%:*}"; then
-            tail -n 3 "$logs/${each#*:}.log" >&2
-            exit 1
+        else
+            code=0
+            wait "${each%%:*}" || code=$?
+            if [ $code != 0 ] && [ $code != "${may_fail:-0}" ]; then
+                tail -n 3 "$logs/${each#*:}.log" >&2
+                exit 1
+            fi
         fi
     done
     running=$left

@@ -244,14 +244,20 @@ class Distillation:
         if not self.active:
             return f"distillation: over ({self.phase.reason}); the teacher is not loaded"
         phase = self.phase
-        fade = ", fading with its lead" if phase.fade else ""
         balance = " in gradients" if self.gradients else ""
-        rule = "running" if self.running else phase.off
-        rival = "the teacher in training" if self.running else f"{self.score['switch']:.4g}"
+        fade = ""
+        if phase.fade:
+            fade = ", fading with its lead" if phase.off == "surpass" else ", not fading, as it is not compared"
+        if phase.off == "surpass":
+            rival = "the teacher in training" if self.running else f"{self.score['switch']:.4g}"
+            rule = "running" if self.running else "surpass"
+            end = f"off ({rule}): {phase.patience} evaluations in a row better than {rival}"
+        else:
+            end = "never off" if phase.off == "never" else f"off at {self.unit} {phase.off:g}, whoever is better"
         line = (
             f"distillation: lambda {phase.full_weight:g}{balance} (warm-up {phase.warmup:g}, hold {phase.hold:g}, "
             f"decay {phase.decay:g} {self.unit}s{fade}), T {phase.start_temperature:g} to {phase.end_temperature:g}; "
-            f"off ({rule}): {phase.patience} evaluations in a row better than {rival}"
+            f"{end}"
         )
         return line + (f"; in the teacher's place: --kd-control {self.control.kind}" if self.control else "")
 

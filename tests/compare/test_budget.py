@@ -52,6 +52,8 @@ def test_quality_above_the_curve_bounds_the_speedup_from_above():
 def test_a_cost_that_was_not_recorded_gives_no_speedup():
     result = iso_quality(curve([40, 50, 60]), curve([50, 60, 70], [None, 4, 8]), 1, "epoch", "max")
     assert (result["geometric_mean"], result["at_least"], result["at_most"]) == (None, None, None)
+    result = iso_quality(curve([40, 50, 60], [None, 4, 8]), curve([45, 60, 70]), 0, "epoch", "max")
+    assert (result["geometric_mean"], result["at_least"], result["at_most"]) == (None, None, None)
 
 
 # --- run folders -----------------------------------------------------------------------------------------------------
@@ -98,6 +100,26 @@ def test_the_teachers_training_is_paid_at_every_budget(tmp_path):
     speedup = json.loads((tmp_path / "out" / "budget.json").read_text())["budgets"]["8"]["speedup"]["taught"]
     assert speedup["train_seconds"]["geometric_mean"] == pytest.approx(2.0)
     assert speedup["train_seconds_paid"]["geometric_mean"] == pytest.approx(80 / 60)
+
+
+def test_a_reference_whose_costs_are_not_known_gives_no_figure(tmp_path):
+    for arm, end in (("alone", 0), ("taught", 10)):
+        empty = {"teacher": TEACHER, "empty": ("pflops",)}
+        write_arm(tmp_path / arm, {2: [40 + end], 4: [50 + end], 8: [60 + end]}, **empty)
+    assert compare(tmp_path) == 0
+    speedup = json.loads((tmp_path / "out" / "budget.json").read_text())["budgets"]["8"]["speedup"]["taught"]
+    assert speedup["train_seconds"]["geometric_mean"] == pytest.approx(2.0)
+    for axis in ("pflops", "train_seconds_paid"):
+        assert (speedup[axis]["geometric_mean"], speedup[axis]["at_least"]) == (None, None)
+
+
+def test_a_run_without_a_recorded_length_is_refused(tmp_path, capsys):
+    for arm in ("alone", "taught"):
+        write_arm(tmp_path / arm, {2: [40], 4: [50]})
+    options = tmp_path / "taught" / "4-seed0" / "args.yaml"
+    options.write_text(options.read_text().replace("epochs", "num_train_epochs"))
+    assert compare(tmp_path) == 2
+    assert "records no length of its schedule" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

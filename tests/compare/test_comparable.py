@@ -6,8 +6,10 @@ import re
 import pytest
 from compare.folders import (
     BASELINE,
+    TEACHER,
     check_refused,
     command,
+    numbers,
     report_of,
     result_of,
     set_option,
@@ -90,3 +92,25 @@ def test_arms_may_differ_in_their_control_but_an_arm_may_not(tmp_path, arms, cap
 def test_options_of_a_teacher_that_is_not_there_may_differ(tmp_path, arms):
     set_option(arms[0][0], kd_weight=1.0)
     assert result_of(tmp_path, *arms)["arms"]
+
+
+def test_samples_are_judged_on_the_same_features_wherever_they_lie(tmp_path, arms, capsys):
+    for arm, folders in zip("ab", arms, strict=True):
+        for folder in folders:
+            set_option(folder, fd_features=f"{arm}/features")
+            spoil_summary(folder, features={"name": "fd512", "digest": "12ab", "samples": 512})
+    assert numbers(*arms)["arms"]
+    for folder in arms[1]:
+        spoil_summary(folder, features={"name": "fd512", "digest": "34cd", "samples": 512})
+    words = command(*arms, tmp_path / "refused")
+    check_refused(tmp_path, capsys, words, "the runs differ in features: '12ab' in ", "--allow features")
+
+
+@pytest.mark.parametrize("what", ["teacher_score", "teacher weights"])
+def test_an_arm_has_one_teacher_with_one_score(what, tmp_path, arms, capsys):
+    for number, folder in enumerate(arms[1]):
+        if what == "teacher_score":
+            set_option(folder, teacher_score=50.0 + number)
+        else:
+            spoil_summary(folder, teacher=TEACHER | {"checkpoint": f"old/{'best' if number else 'model'}"})
+    check_refused(tmp_path, capsys, command(*arms, tmp_path / "out"), f"the runs of arm treated differ in {what}: ")

@@ -106,6 +106,8 @@ def test_arms_that_cannot_be_told_apart_or_found_are_refused(tmp_path, arms, cap
         ([f"--arm=a={tmp_path}/base-*", f"--arm=speedup={tmp_path}/w2s-*"], "speedup is not a free name"),
         ([f"--arm=a={tmp_path}/base-*", f"--arm=b={tmp_path}/base-0"], "base-0 is given twice"),
         (["--arm", "w2s-*"], "takes NAME=GLOB"),
+        ([f"--arm=a={tmp_path}/base-*", f"--arm=b={tmp_path}/w2s-*", "--margin", "nan"], "--margin nan: give a finite"),
+        ([f"--arm=a={tmp_path}/base-*", f"--arm=b={tmp_path}/w2s-*", "--margin", "-1"], "--margin -1: give a finite"),
     ):
         check_refused(tmp_path, capsys, [*words, *out], message)
 

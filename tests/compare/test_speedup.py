@@ -1,6 +1,7 @@
 """Comparisons of small run folders with numbers worked out by hand."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from compare.folders import (
     report_of,
     result_of,
     set_option,
+    spoil_summary,
     table,
     write_run,
     write_runs,
@@ -257,3 +259,26 @@ def test_a_teacher_that_is_not_at_hand_leaves_the_bill_open(arms, tmp_path):
     assert result["costs"]["treated"]["teacher_training"] is None
     assert "speedup_with_teacher" not in result["targets"]["60"]["versus"]["treated"]["train_seconds"]
     assert "not in the bill: its run folder is not at hand" in report_of(tmp_path)
+
+
+def test_the_teacher_of_the_reference_is_paid_too(tmp_path):
+    teachers = {}
+    for name, seconds in (("old", 6.0), ("new", 9.0)):
+        write_run(tmp_path / name, [40, 50], seconds=seconds)
+        teachers[name] = TEACHER | {"checkpoint": f"output/{name}/model"}
+    base = write_runs(tmp_path, "base", [[1, 2, 3, 60]], teacher=teachers["old"], kd_off=KD_OFF)
+    treated = write_runs(tmp_path, "w2s", [[1, 60, 60, 60]], teacher=teachers["new"], kd_off=KD_OFF)
+    versus = result_of(tmp_path, base, treated)["targets"]["60"]["versus"]["treated"]["train_seconds"]
+    assert versus["speedup_with_teacher"] == pytest.approx((40 + 12) / (20 + 18))
+    assert versus["paid_back_after"] is None, "its training is no price for doing without the other"
+    shutil.rmtree(tmp_path / "old")
+    versus = numbers(base, treated)["targets"]["60"]["versus"]["treated"]["train_seconds"]
+    assert versus["speedup_with_teacher"] is None
+
+
+def test_a_teacher_that_was_stopped_early_is_paid_up_to_there(tmp_path):
+    spoil_summary(write_run(tmp_path / "old", [40, 50], seconds=6.0), status="preempted")
+    base = write_runs(tmp_path, "base", [[1, 2, 3, 60]])
+    teacher = TEACHER | {"checkpoint": "output/old/best"}
+    treated = write_runs(tmp_path, "w2s", [[1, 60, 60, 60]], teacher=teacher, kd_off=KD_OFF)
+    assert numbers(base, treated)["costs"]["treated"]["teacher_training"]["train_seconds"] == 12

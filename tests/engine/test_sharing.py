@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -131,11 +132,22 @@ def test_a_card_has_a_row_for_each_of_several_teachers(taught, tiny_teacher, tmp
     _, _, first, second, *_ = (line for line in text.split("## Teachers")[1].splitlines() if line[:1] == "|")
     assert first.split(" | ")[4:7] == ["0", "epoch 0.5, update 2: as --kd-off said", "2"]
     assert second.split(" | ")[4:7] == ["0.5", "epoch 1, update 4: as --kd-off said", "2"]
-    assert "by a frozen resnet10t and then a " in text and "| in its place (control) | random |" in text
+    assert "with `--kd-control random` in the place of a frozen resnet10t and then a " in text
+    assert "| in its place (control) | random |" in text
+    summary = read_summary(folder) | {"kd_control": None}
+    for silent, words in ((1, "taught early in its training by a frozen resnet10t (weak"), (0, "which never taught.")):
+        summary["teachers"][silent]["updates"] = 0  # as if the student had passed it before it taught
+        (folder / "summary.json").write_text(json.dumps(summary))
+        assert words in (share_folder(folder) / "README.md").read_text()
+
+
+def test_the_card_of_a_run_whose_teacher_never_taught_says_so(taught, tmp_path):
+    folder = shutil.copytree(taught, tmp_path / "silent")
     summary = read_summary(folder)
-    summary["teachers"][1]["updates"] = 0  # as if the student had passed it before it taught
+    summary["kd_off"] = {"epoch": 0.0, "update": 0, "reason": "fixed"}
     (folder / "summary.json").write_text(json.dumps(summary))
-    assert "by a frozen resnet10t (weak to strong" in (share_folder(folder) / "README.md").read_text()
+    text = (share_folder(folder) / "README.md").read_text()
+    assert "with a resnet10t as its teacher, which never taught." in text and "taught early" not in text
 
 
 def test_options_that_a_card_leaves_out_are_the_defaults():

@@ -8,6 +8,7 @@ import argparse
 import glob
 import io
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -61,6 +62,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.arm) == bool(args.baseline or args.treated) or bool(args.baseline) != bool(args.treated):
         raise ValueError("give --baseline RUN... and --treated RUN..., or --arm NAME=GLOB for each arm")
+    if args.margin is not None and not 0 <= args.margin < math.inf:
+        raise ValueError(f"--margin {args.margin:g}: give a finite number of at least 0, in the unit of the metric")
     if args.budget and (args.strength or args.target or args.log_with):
         raise ValueError("--budget compares final metrics: leave --strength, --target and --log-with out")
     return args

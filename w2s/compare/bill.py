@@ -19,8 +19,8 @@ def cost_facts(result: dict, arms: dict[str, list[RunFolder]]) -> list[str]:
             continue
         for run, overhead in zip(group, costs["overhead"], strict=True):
             facts.append(_teacher_fact(run, overhead))
-        bound = ratio_text(costs["flops_bound"])
-        facts.append(f"{arm}: by FLOPs, an update with the teacher takes {bound} of one without")
+        if bound := costs["flops_bound"]:  # none where the teacher is not asked, or FLOPs were not counted
+            facts.append(f"{arm}: by FLOPs, an update with the teacher takes {ratio_text(bound)} of one without")
         if training := costs["teacher_training"]:
             facts.append(
                 f"{arm}: the teacher's own training ({training['run']}) took {number_text(training['train_seconds'])} "

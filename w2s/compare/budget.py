@@ -103,7 +103,9 @@ def iso_quality(before: dict, after: dict, index: int, axis: str, mode: str) -> 
     for seed, reference in before.items():
         quality, cost = reference["quality"][index], reference[axis][index]
         position = _cost_of(quality, after[seed]["quality"], after[seed][axis], mode)
-        costs.append(cost)
+        if cost is None:
+            position = dict.fromkeys(position)
+        costs.append(math.inf if cost is None else cost)
         needed.append(position["cost"])
         low.append(position["at_most"])
         high.append(position["at_least"])
@@ -142,6 +144,8 @@ def _by_length(group: list[RunFolder]) -> dict[float, list[RunFolder]]:
     lengths: dict[float, list[RunFolder]] = {}
     for run in sorted(group, key=lambda run: (run.seed is None, run.seed)):
         length = run.options.get("epochs", run.options.get("updates"))
+        if length is None:
+            raise ValueError(f"{run.path} records no length of its schedule (epochs or updates), which --budget needs")
         lengths.setdefault(float(length), []).append(run)
     return lengths
 

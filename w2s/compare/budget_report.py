@@ -17,8 +17,8 @@ NOTE = (
     "much less budget an arm needs for the final quality that the reference has at this budget: the geometric mean "
     "over seeds with its 95 % interval, read off curves that are interpolated on the logarithm of the budget. `>` and "
     "`<`: in some seed that quality lies outside the arm's curve, so that there is only a bound; below 1 the arm needs "
-    "more budget, not less. No figure: the seeds are bounded on different sides. Teacher paid: the "
-    "teacher's own training is added to every budget of its arm."
+    "more budget, not less. No figure: the seeds are bounded on different sides, or a cost was not recorded. "
+    "Teacher paid: the teacher's own training is added to every budget of its arm."
 )
 
 
@@ -95,8 +95,10 @@ def draw_budgets(result: dict, file: BinaryIO) -> None:
             panel.set_xticks([], minor=True)
         panel.grid(alpha=0.25)
     figure.supylabel(f"final {result['metric']}", size="medium")
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    entries = {}  # a panel has none of an arm whose costs on that axis were not recorded
+    for panel in figure.axes:
+        entries |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=len(entries), frameon=False)
     figure.savefig(file, format="png", dpi=160)
 
 

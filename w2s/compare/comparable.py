@@ -9,10 +9,11 @@ from w2s.crossing import target_key
 from w2s.record import BOOKKEEPING_OPTIONS
 
 MUST_MATCH = ("task", "metric", "mode")  # a comparison across these means nothing, so --allow does not open them
-# the seeds pair the runs, and the targets are compared as numbers, from summary.json; `workers` stays compared, since
-# it changes what an update costs
-FREE_OPTIONS = {*BOOKKEEPING_OPTIONS, "seed", "target"}
+# the seeds pair the runs; the targets are compared as numbers, from summary.json, and the features that judge samples
+# by their weights; `workers` stays compared, since it changes what an update costs
+FREE_OPTIONS = {*BOOKKEEPING_OPTIONS, "seed", "target", "fd_features", "fid_weights"}
 TEACHER_PREFIXES = ("kd_", "teacher")  # of the options in which arms differ by intention
+KD_PREFIXES = ("kd_", "teacher_classes", "teacher_score")  # of those that say the same wherever the teacher's folder is
 
 
 def common_settings(run: RunFolder) -> dict:
@@ -27,6 +28,7 @@ def common_settings(run: RunFolder) -> dict:
     for name in (*MUST_MATCH, "weights", "params", "data"):
         settings[name] = run.summary.get(name)
     settings["flops"] = (run.summary.get("flops") or {}).get("student_update")
+    settings["features"] = (run.summary.get("features") or {}).get("digest")
     settings["target"] = sorted(float(key) for key in run.summary["targets"])
     return settings
 
@@ -34,13 +36,13 @@ def common_settings(run: RunFolder) -> dict:
 def _distillation_settings(run: RunFolder) -> dict:
     """What runs of the same arm must have in common beside the common settings.
 
-    The teacher is known by the name of its folder, since folders may have been moved. Without a teacher its
-    options have no effect, so that they may differ.
+    The teacher is known by the name of its folder, since folders may have been moved, and by which of the run's weights
+    were taken. Without a teacher its options have no effect, so that they may differ.
     """
     teacher = run.summary["teacher"]
     if not teacher:
         return {"teacher": None}
-    settings = {name: value for name, value in run.options.items() if name.startswith(("kd_", "teacher_classes"))}
+    settings = {name: value for name, value in run.options.items() if name.startswith(KD_PREFIXES)}
     if run.summary["teachers"]:  # of which not all need have had their turn
         return settings | {"teachers": [Path(spec).name for spec in run.options["teacher"]]}
     folder = teacher_folder(teacher)
@@ -48,6 +50,7 @@ def _distillation_settings(run: RunFolder) -> dict:
         "teacher": folder.name if folder else None,
         "teacher model": teacher.get("model"),
         "teacher params": teacher.get("params"),
+        "teacher weights": "best" if Path(str(teacher.get("checkpoint") or "")).name == "best" else "last",
     }
 
 

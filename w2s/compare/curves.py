@@ -93,7 +93,8 @@ def _draw_arm(panel: Axes, group: list[RunFolder], *, axis: str, result: dict, c
     for run in group:
         if switch_off := run.summary["kd_off"]:
             epochs, costs, values = _columns(run, "epoch", axis, metric)
-            point = np.interp(switch_off["epoch"], epochs, costs), np.interp(switch_off["epoch"], epochs, values)
+            cost = np.interp(switch_off["epoch"], [0, *epochs], [0, *costs])
+            point = cost, np.interp(switch_off["epoch"], epochs, values)
             panel.plot(*point, "D", color=colour, markeredgecolor="black", zorder=3, label="teacher off")
 
 

@@ -46,8 +46,12 @@ class RunFolder(NamedTuple):
         return self.summary.get("seed")
 
 
-def read_run(folder: Path) -> RunFolder:
+def read_run(folder: Path, statuses: tuple[str, ...] = ("finished",)) -> RunFolder:
     """Read a run folder.
+
+    Args:
+        folder: of the run.
+        statuses: those of summary.json that will do.
 
     Raises:
         ValueError: a file is missing or malformed, the run is empty or unfinished, or metrics.csv and summary.json
@@ -58,7 +62,7 @@ def read_run(folder: Path) -> RunFolder:
         if not path.exists():
             raise ValueError(f"{path} does not exist")
     facts = _read_summary(summary)
-    if facts["status"] != "finished":
+    if facts["status"] not in statuses:
         raise ValueError(f"{folder} is not a finished run: its status is {facts['status']!r}")
     rows = _read_rows(metrics, metric=facts["metric"])
     run = RunFolder(path=folder, summary=facts, rows=rows, options=_read_options(options))
@@ -146,8 +150,9 @@ def teacher_folder(teacher: dict) -> Path | None:
 
 
 def read_teacher_runs(runs: list[RunFolder]) -> list[RunFolder]:
-    """The finished runs that made the teachers of `runs`, each once; none at all if one of them cannot be read.
+    """The runs that made the teachers of `runs`, each once; none at all if one of them cannot be read.
 
+    One that was stopped before its end has been paid for, too, up to its last evaluation.
     They are looked for beside the taught run first, since records are copied together, and then at their recorded path.
     Runs of the same name are taken for the same.
     """
@@ -168,7 +173,7 @@ def _read_first(folders: list[Path]) -> RunFolder | None:
     """The first of these runs that can be read."""
     for folder in folders:
         try:
-            return read_run(folder)
+            return read_run(folder, statuses=("finished", "preempted"))
         except (ValueError, OSError):
             continue
     return None

@@ -234,7 +234,9 @@ def _settings_parts(arms: dict[str, list[RunFolder]], command: str) -> list[Part
     """The commands of this report and of its runs, and the options in which the arms agree and differ."""
     runs = [run for group in arms.values() for run in group]
     script = SCRIPTS.get(runs[0].summary["task"], "train_*.py")
-    commands = [f"{arm}: python {script} -c {run.path}/args.yaml" for arm, group in arms.items() for run in group]
+    commands = [
+        f"{arm}: python {script} -c {run.path}/args.yaml --name NEW" for arm, group in arms.items() for run in group
+    ]
     options = {arm: group[0].options for arm, group in arms.items()}
     common = common_settings(runs[0])
     rows, same = [], []

@@ -107,9 +107,8 @@ def _at_target(arms: dict[str, list[RunFolder]], target: float, costs: dict) -> 
             before, after = [run[axis] for run in crossed[reference]], [run[axis] for run in crossed[arm]]
             versus = _versus(_pair_by_seed(arms[reference], before, arms[arm], after), before, after)
             if training and axis in COST_AXES:
-                versus |= _with_teacher_paid(
-                    entry[reference][axis]["median"], entry[arm][axis]["median"], training[axis]
-                )
+                medians = [entry[name][axis]["median"] for name in (reference, arm)]
+                versus |= _with_teachers_paid(*medians, _training_cost(arms, costs, reference, axis), training[axis])
             entry["versus"][arm][axis] = versus
     for key in ("speedup", "lower_bound"):
         entry[key] = {axis: entry["versus"][others[0]][axis][key] for axis in AXES}
@@ -192,14 +191,27 @@ def mean_ratio(logs: list[float]) -> float | None:
     return math.exp(mean) if mean < math.inf else None
 
 
-def _with_teacher_paid(before: float | None, after: float | None, training: float | None) -> dict:
-    """The speedup with the teacher's own training in the bill, and after how many students that is paid back."""
-    if before is None or after is None or training is None:
+def _training_cost(arms: dict[str, list[RunFolder]], costs: dict, arm: str, axis: str) -> float | None:
+    """What the training of an arm's teachers cost: 0 for students alone, None where that is not known."""
+    training = costs[arm]["teacher_training"]
+    if training is None:
+        return 0.0 if not any(run.summary["teacher"] for run in arms[arm]) else None
+    return training[axis]
+
+
+def _with_teachers_paid(
+    before: float | None, after: float | None, training_before: float | None, training: float | None
+) -> dict:
+    """The speedup with the training of both arms' teachers in the bill, and after how many students it is paid back.
+
+    The second is None where the reference has a teacher, too, whose training is not saved by doing without it.
+    """
+    if None in (before, after, training_before, training):
         return {"speedup_with_teacher": None, "paid_back_after": None}
     saved = before - after
     return {
-        "speedup_with_teacher": before / (after + training),
-        "paid_back_after": math.ceil(training / saved) if saved > 0 else None,
+        "speedup_with_teacher": (before + training_before) / (after + training),
+        "paid_back_after": math.ceil(training / saved) if saved > 0 and not training_before else None,
     }
 
 

@@ -28,7 +28,10 @@ def verdict(result: dict, arms: dict[str, list[RunFolder]]) -> str:
     if before == after:
         lead = f"{arm} and {reference} both reach {goal} at {unit} {number_text(after)}, neither of them earlier"
     else:
-        instead = "never within the run" if before is None else number_text(before)
+        instead = number_text(before)
+        if before is None:
+            crossed = any(run is not None for run in result["targets"][target][reference][unit]["runs"])
+            instead = "never within the run" + (", in the median" if crossed else "")
         lead = f"{arm} reaches {goal} at {unit} {number_text(after)} instead of {instead}"
     claims = [_speedup_text(versus[target][axis], name=AXIS_NAMES[axis]) for axis in (unit, "train_seconds")]
     return f"{lead} ({counts}); paired by seed, {' and '.join(claims)}; {final}."

@@ -119,8 +119,13 @@ def _introduction(run: FinishedRun) -> str:
     text = f"# {summary['name']}\n\n{kind} ({params}), trained on {data} with w2s, "
     if teacher is None:
         return text + "without a teacher."
-    taught = [rung for rung in summary.get("teachers") or () if rung["updates"]]
-    models = " and then a ".join(rung["model"] for rung in taught or [teacher])
+    rungs = summary.get("teachers")
+    taught = [teacher] if rungs is None else [rung for rung in rungs if rung["updates"]]
+    if not taught or (summary["kd_off"] and summary["kd_off"]["update"] == 0):
+        return text + f"with a {teacher['model']} as its teacher, which never taught."
+    models = " and then a ".join(rung["model"] for rung in taught)
+    if control := summary.get("kd_control"):
+        return text + f"with `--kd-control {control}` in the place of a frozen {models}."
     return text + f"taught early in its training by a frozen {models} (weak to strong, arXiv:2604.15451)."
 
 

@@ -463,6 +463,20 @@ def test_a_failed_run_ends_the_others_and_the_script(tmp_path):
     assert (tmp_path / "logs" / "told").exists() and not (tmp_path / "logs" / "late").exists()
 
 
+@pytest.mark.parametrize(("code", "returned"), [(3, 0), (2, 1)])
+def test_a_run_may_fail_in_one_way_where_the_script_says_so(code, returned, tmp_path):
+    text = f"""
+    set -euo pipefail
+    logs=$1/logs may_fail=3
+    . recipes/pool.sh
+    start bad bash -c 'exit {code}'
+    finish
+    echo over
+    """
+    done = bash(text, tmp_path)
+    assert (done.returncode, "over" in done.stdout) == (returned, returned == 0), done.stderr
+
+
 def test_as_many_runs_at_a_time_as_jobs_and_one_may_be_waited_for(tmp_path):
     code = """
     set -euo pipefail

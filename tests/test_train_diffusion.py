@@ -443,7 +443,7 @@ def test_loss_that_is_not_finite_ends_the_run(run, tmp_path):
         ("--diffusion-steps 40", 40),
         ("--diffusion-steps 120", 40),
         ("--sampler ddpm --diffusion-steps 120", 120),
-        ("--sampler ddpm --sample-steps 30", 30),
+        ("--sampler ddpm --sample-steps 25", 25),
     ],
 )
 def test_default_sample_steps_divide_the_process(options, steps):

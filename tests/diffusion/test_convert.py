@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from helpers import refused
 from torch.testing import assert_close
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 from w2s.diffusion.convert import ConvertedDenoiser, load_teacher_denoiser
 from w2s.diffusion.denoisers import denoiser_flops, unet
 from w2s.diffusion.exports import load_denoiser
-from w2s.diffusion.process import as_epsilon, as_velocity, noise_schedule
+from w2s.diffusion.process import as_epsilon, as_velocity, generate, noise_schedule
 from w2s.diffusion.teacher import DenoiserTeacher
 
 
@@ -81,6 +82,19 @@ def test_a_longer_process_answers_at_the_steps_of_the_same_noise(tmp_path):
     _, _, x_t = noisy(process, t)
     assert_close(own.alphas_cumprod[2 * t + 1], process.alphas_cumprod[t], atol=1e-6, rtol=0)
     assert_close(model(x_t, t), plain(x_t, 2 * t + 1).sample)
+
+
+@torch.no_grad()
+def test_a_converted_teacher_is_sampled_as_it_would_be_in_a_run_of_its_own(tmp_path):
+    """At the last step of cosine betas the image that follows from epsilon is all error: it must not be asked there."""
+    pipeline(tmp_path, beta_schedule="squaredcos_cap_v2")
+    samples = []
+    for prediction in ("epsilon", "v"):
+        process = noise_schedule("cosine", 1000, prediction)
+        options = {"shape": (1, 8, 8), "count": 4, "seed": 0, "steps": 20}
+        samples.append(generate(load(tmp_path, process), process, Accelerator(), **options).int())
+    assert (samples[0] - samples[1]).abs().max() <= 1
+    assert samples[0].float().std() > 1
 
 
 @pytest.mark.parametrize(

@@ -241,8 +241,9 @@ def test_sample_steps_by_default_and_as_given():
     assert resolve_sample_steps(None, "ddim", 120) == 40
     assert resolve_sample_steps(None, "ddpm", 120) == 120
     assert resolve_sample_steps(25, "ddim", 1000) == 25
-    assert resolve_sample_steps(30, "ddpm", 1000) == 30
-    with refused("--sample-steps 30", "must divide --diffusion-steps 1000; 25 do"):
-        resolve_sample_steps(30, "ddim", 1000)
+    assert resolve_sample_steps(250, "ddpm", 1000) == 250
+    for sampler in ("ddim", "ddpm"):
+        with refused("--sample-steps 600", "must divide --diffusion-steps 1000; 500 do"):
+            resolve_sample_steps(600, sampler, 1000)
     with refused("--sample-steps 2000 exceeds --diffusion-steps 1000"):
         resolve_sample_steps(2000, "ddpm", 1000)

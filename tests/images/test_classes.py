@@ -31,6 +31,7 @@ def columns(student: Classes, teacher: Classes, map_file: object = None, least: 
         (PETS, ZOO, [3, 1, 2]),  # a superset, other cases and underscores
         (ZOO, PETS, [None, 1, 2, 0, None]),  # a subset
         (PETS, ("dog", "guinea pig", "cat"), [2, 0, 1]),  # another order
+        (("Car", "car", "stop-sign", "stop sign"),) * 2 + ([0, 1, 2, 3],),  # the very same list
         (PETS, ("__background__", "cat", None, "dog", "guinea pig", None), [1, 3, 4]),
     ],
 )

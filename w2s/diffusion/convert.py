@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from w2s.diffusion.denoisers import Signature, UNet, ViT, rebuild
 from w2s.diffusion.exports import check_same_images, load_denoiser
-from w2s.diffusion.process import as_epsilon, as_velocity
+from w2s.diffusion.process import BETAS, as_epsilon, as_velocity
 from w2s.engine.errors import InputError
 
 TOLERANCE = 1e-6  # of alpha_bar, which is a product of a thousand numbers in single precision
@@ -39,6 +39,13 @@ class ConvertedDenoiser(nn.Module):
     def signature(self) -> Signature:
         """That of the denoiser."""
         return self.model.signature
+
+    @property
+    def timestep_spacing(self) -> str:
+        """How the steps at which it is sampled are spaced, see `noise_schedule`: as suits what it was trained for."""
+        own = self.own.config
+        is_unstable = (own.beta_schedule, own.prediction_type) == (BETAS["cosine"], "epsilon")
+        return "leading" if is_unstable else self.process.config.timestep_spacing
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The prediction (B, C, H, W), float32, at the steps t (B,) of `process`."""

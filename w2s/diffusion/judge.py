@@ -59,7 +59,7 @@ def resolve_sample_steps(sample_steps: int | None, sampler: str, diffusion_steps
     """--sample-steps, or its default: all steps for "ddpm"; 50 for "ddim", or the next fewer that divide the process.
 
     Raises:
-        InputError: there are more than the process has, or "ddim" cannot space them evenly.
+        InputError: there are more than the process has, or they cannot be spaced evenly: the first would be too early.
     """
     most = min(sample_steps or 50, diffusion_steps)
     divisor = max(n for n in range(1, most + 1) if diffusion_steps % n == 0)
@@ -67,10 +67,10 @@ def resolve_sample_steps(sample_steps: int | None, sampler: str, diffusion_steps
         return divisor if sampler == "ddim" else diffusion_steps
     if sample_steps > diffusion_steps:
         raise InputError(f"--sample-steps {sample_steps} exceeds --diffusion-steps {diffusion_steps}")
-    if sampler == "ddim" and diffusion_steps % sample_steps:
+    if diffusion_steps % sample_steps:
         raise InputError(
-            f"--sample-steps {sample_steps}: ddim spaces its steps evenly, so they must divide --diffusion-steps "
-            f"{diffusion_steps}; {divisor} do"
+            f"--sample-steps {sample_steps}: the steps of a sampler are spaced evenly, so they must divide "
+            f"--diffusion-steps {diffusion_steps}; {divisor} do"
         )
     return sample_steps
 

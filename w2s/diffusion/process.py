@@ -152,7 +152,7 @@ def generate(
     share out whole batches, so that their number does not change the samples.
 
     Args:
-        model: any denoiser; it is called under the accelerator's autocast.
+        model: any denoiser; it is called under the accelerator's autocast. One with a `timestep_spacing` is sampled so.
         process: the diffusion process that the sampler reverses.
         accelerator: gives the device, the precision and the processes.
         shape: (C, H, W) of an image.
@@ -170,7 +170,8 @@ def generate(
     Raises:
         Preempted: on all processes, if a signal has stopped the sampling.
     """
-    sampling_scheduler = SAMPLERS[sampler].from_config(process.config)
+    spacing = getattr(model, "timestep_spacing", process.config.timestep_spacing)
+    sampling_scheduler = SAMPLERS[sampler].from_config(process.config, timestep_spacing=spacing)
     sampling_scheduler.set_timesteps(steps)
     device = accelerator.device
     images = torch.zeros(count, *shape, dtype=torch.uint8, device=device)

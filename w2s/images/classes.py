@@ -94,6 +94,8 @@ def _match_names(student: Classes, teacher: Classes) -> tuple[list[int | None] |
     most = 0
     for own_names in student.namings:
         for names in teacher.namings:
+            if own_names == names and None not in names:  # the same data, also where two of its names are alike
+                return list(range(student.count)), "by name"
             own, other = _labels(own_names), _labels(names)
             is_unique = len(own) == student.count and len(other) == sum(name is not None for name in names)
             shared = len(own.keys() & other.keys())

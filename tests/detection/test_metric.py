@@ -1,8 +1,10 @@
 """The metric against pycocotools, on random detections and edge cases; detections.json and pictures."""
 
 import contextlib
+import copy
 import io
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -28,7 +30,9 @@ from w2s.detection.metric import (
 from w2s.engine.errors import InputError
 
 
-def random_boxes(images: int = 13, seed: int = 0) -> tuple[DetectionSplit, list[dict[str, torch.Tensor]]]:
+def random_boxes(
+    images: int = 13, seed: int = 0, image_id: Callable = lambda k: 100 - k, category_id: Callable = int
+) -> tuple[DetectionSplit, list[dict[str, torch.Tensor]]]:
     """Ground truth of all sizes with crowds and empty images, and detections that are partly right."""
     generator = np.random.default_rng(seed)
     annotations, detections = [], []
@@ -39,7 +43,8 @@ def random_boxes(images: int = 13, seed: int = 0) -> tuple[DetectionSplit, list[
             x, y = generator.uniform(0, 300 - width), generator.uniform(0, 300 - height)
             category = int(generator.choice([3, 8, 20]))
             crowd = int(generator.random() < 0.1)
-            annotation = {"id": len(annotations) + 1, "image_id": 100 - k, "category_id": category, "iscrowd": crowd}
+            ids = {"id": len(annotations) + 1, "image_id": image_id(k), "category_id": category_id(category)}
+            annotation = ids | {"iscrowd": crowd}
             annotations.append(annotation | {"bbox": [x, y, width, height], "area": 0.7 * width * height})
             boxes.append((x, y, x + width, y + height, [3, 8, 20].index(category)))
         rows = [(*(np.array(b[:4]) + generator.normal(0, 6, 4)), generator.random(), b[4]) for b in boxes]
@@ -49,9 +54,9 @@ def random_boxes(images: int = 13, seed: int = 0) -> tuple[DetectionSplit, list[
         table = torch.tensor(np.array(rows, np.float32).reshape(-1, 6))
         detections.append({"boxes": table[:, :4], "scores": table[:, 4], "labels": table[:, 5].long() + 1})
     truth = {
-        "images": [{"id": 100 - k, "width": 300, "height": 300} for k in range(images)],
+        "images": [{"id": image_id(k), "width": 300, "height": 300} for k in range(images)],
         "annotations": annotations,
-        "categories": [{"id": c, "name": str(c)} for c in (3, 8, 20)],
+        "categories": [{"id": category_id(c), "name": str(c)} for c in (3, 8, 20)],
     }
     source = annotated(truth, read=lambda row: Image.new("RGB", (300, 300)))
     return DetectionSplit(source, list(range(images)), first_label=1), detections
@@ -137,6 +142,19 @@ def test_annotation_ids_may_count_from_zero():
     split = DetectionSplit(annotated(truth), [0], first_label=0)
     perfect = [{"image_id": 1, "category_id": 1, "bbox": a["bbox"], "score": 1.0} for a in truth["annotations"]]
     assert coco_metrics(perfect, split)["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("image_id", [lambda k: 2**60 + k, "image {}".format, "{:012}".format])
+def test_ids_of_the_data_may_be_large_or_names(image_id):
+    """The evaluator takes them as floats."""
+    metrics = []
+    for names in ({}, {"image_id": image_id, "category_id": "/m/{:02}".format}):
+        split, detections = random_boxes(**names)
+        results, before = coco_results(in_order(detections), split), copy.deepcopy(split.source.images)
+        metrics.append(coco_metrics(results, split))
+        assert {result["image_id"] for result in results} <= set(split.ids)
+        assert split.source.images == before
+    assert metrics[0] == pytest.approx(metrics[1]) and metrics[0]["AP50"] > 10
 
 
 def test_what_is_not_there_is_minus_one_as_in_coco():

@@ -143,6 +143,14 @@ def test_keys_tell_folders_of_one_name_apart(tmp_path, monkeypatch):
     assert len({key["dataset"][1] for key in keys}) == len({key["dataset"][2] for key in keys}) == 2
 
 
+def test_the_key_of_a_folder_tells_its_files_apart(tmp_path):
+    options = unlabelled(tmp_path, "folder") + " --img-size 8 --in-chans 1"
+    keys = [load(options)[0].report.key for _ in range(2)]
+    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(tmp_path / "train" / "03.png")
+    keys.append(load(options)[0].report.key)
+    assert keys[0] == keys[1] != keys[2]
+
+
 LABELS = {  # what may stand in the column, and what --class-cond says of it
     "nothing": ([None] * 12, datasets.Value("int64"), "has nothing in column 'label'; see --target-key"),
     "strings": (["cat", "dog"] * 6, datasets.Value("string"), "are no integers.*see --target-key"),

@@ -81,7 +81,8 @@ def coco_results(detections: list[np.ndarray], split: DetectionSplit) -> list[di
 def coco_metrics(results: list[dict], split: DetectionSplit) -> dict[str, float]:
     """The 12 metrics in percent, by the names of COCO_METRICS; -1, as COCO has it, where there is nothing to find, such
     as large objects."""
-    truth = COCO(split.source.ground_truth(split.rows))
+    truth, results = _numbered(split.source.ground_truth(split.rows), results)
+    truth = COCO(truth)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval_faster(truth, truth.loadRes(results), "bbox")
         evaluation.evaluate()
@@ -89,6 +90,28 @@ def coco_metrics(results: list[dict], split: DetectionSplit) -> dict[str, float]
         evaluation.summarize()
     values = np.asarray(evaluation.stats[:12], float)
     return dict(zip(COCO_METRICS, np.where(values < 0, -1, 100 * values).tolist(), strict=True))
+
+
+def _numbered(truth: dict, results: list[dict]) -> tuple[dict, list[dict]]:
+    """Ground truth and results with images and categories numbered from 1.
+
+    The evaluator takes ids as floats, so that it cannot take names and takes two large ids for the same.
+    """
+    images = {image["id"]: number for number, image in enumerate(truth["images"], 1)}
+    categories = {category["id"]: number for number, category in enumerate(truth["categories"], 1)}
+
+    def renumber(parts: list[dict]) -> list[dict]:
+        return [
+            {**part, "image_id": images[part["image_id"]], "category_id": categories[part["category_id"]]}
+            for part in parts
+        ]
+
+    numbered = {
+        "images": [{**image, "id": images[image["id"]]} for image in truth["images"]],
+        "categories": [{**category, "id": categories[category["id"]]} for category in truth["categories"]],
+        "annotations": renumber(truth["annotations"]),
+    }
+    return truth | numbered, renumber(results)
 
 
 def score_detections(

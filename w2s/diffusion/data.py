@@ -245,10 +245,27 @@ def _reference_key(args, dataset: Dataset, *, split: str, rows: np.ndarray) -> d
         "column": args.input_key,
         "split": split,
         "rows": hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest(),
+        "files": _files_digest(dataset, rows),
         "n": len(rows),
         "size": args.img_size,
         "channels": args.in_chans,
     }
+
+
+def _files_digest(dataset: Dataset, rows: np.ndarray) -> str | None:
+    """Tells these files of a folder apart from others that have taken their place; None where they are no files.
+
+    Hugging Face's datasets have a fingerprint, see `identity`.
+    """
+    samples = getattr(getattr(dataset, "reader", None), "samples", None)
+    if samples is None:
+        return None
+    sha = hashlib.sha256()
+    for row in rows:
+        path = Path(samples[row][0])
+        status = path.stat()
+        sha.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return sha.hexdigest()
 
 
 def identity(name: str, dataset: Dataset) -> list:

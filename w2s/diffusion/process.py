@@ -158,8 +158,7 @@ def generate(
         shape: (C, H, W) of an image.
         count: number of samples.
         seed: of the noise.
-        sampler: "ddim" or "ddpm".
-        steps: of the sampler.
+        sampler, steps: "ddim" or "ddpm", and in how many steps.
         batch_size: samples in one forward.
         num_classes: of a class-conditional denoiser: sample i is of class i modulo `num_classes`.
         stopping: of a run that a signal may stop.

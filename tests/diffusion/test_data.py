@@ -1,5 +1,6 @@
 """The images that diffusion trains on and is compared with."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import words
+from helpers import refused, words
 from PIL import Image
 from torch.testing import assert_close
 from torch.utils.data import Dataset, get_worker_info
@@ -143,12 +144,22 @@ def test_keys_tell_folders_of_one_name_apart(tmp_path, monkeypatch):
     assert len({key["dataset"][1] for key in keys}) == len({key["dataset"][2] for key in keys}) == 2
 
 
-def test_the_key_of_a_folder_tells_its_files_apart(tmp_path):
+@pytest.mark.parametrize(("extra", "replaced"), [("", "train"), ("--fd-split val", "val")])
+def test_the_key_of_a_folder_tells_its_files_apart(extra, replaced, tmp_path):
     options = unlabelled(tmp_path, "folder") + " --img-size 8 --in-chans 1"
-    keys = [load(options)[0].report.key for _ in range(2)]
-    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(tmp_path / "train" / "03.png")
-    keys.append(load(options)[0].report.key)
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    keys = [load(options, extra)[0].report.key for _ in range(2)]
+    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(tmp_path / replaced / "03.png")
+    keys.append(load(options, extra)[0].report.key)
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_file_that_is_gone_is_named(tmp_path):
+    """Also where the images that are read before the run are others."""
+    options = unlabelled(tmp_path, "folder") + " --img-size 8 --in-chans 1 --cache none --check-images 1"
+    (tmp_path / "train" / "99.png").symlink_to("nowhere.png")
+    with refused("cannot read image", "99.png: No such file or directory"):
+        load(options)
 
 
 LABELS = {  # what may stand in the column, and what --class-cond says of it

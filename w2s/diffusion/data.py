@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -256,14 +257,20 @@ def _files_digest(dataset: Dataset, rows: np.ndarray) -> str | None:
     """Tells these files of a folder apart from others that have taken their place; None where they are no files.
 
     Hugging Face's datasets have a fingerprint, see `identity`.
+
+    Raises:
+        InputError: a file is gone.
     """
-    samples = getattr(getattr(dataset, "reader", None), "samples", None)
-    if samples is None:
+    reader = dataset.images if isinstance(dataset, Unlabelled) else getattr(dataset, "reader", None)
+    if not isinstance(reader, ReaderImageFolder):
         return None
     sha = hashlib.sha256()
     for row in rows:
-        path = Path(samples[row][0])
-        status = path.stat()
+        path = Path(reader.samples[row][0])
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"cannot read image {path}: {error.strerror}") from None
         sha.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return sha.hexdigest()
 

@@ -19,6 +19,7 @@ and it draws both against the epochs.
 import argparse
 import copy
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -300,7 +301,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"epoch {row['epoch']:.4g}: {values}; variance removed {row['variance_removed']:.2f}")
     draw(figures, options.out)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        for row in figures["rows"]:  # NaN is no JSON
+            row["variance_removed"] = None if math.isnan(row["variance_removed"]) else row["variance_removed"]
+        options.json.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

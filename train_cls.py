@@ -51,6 +51,7 @@ from w2s.images.chance import warn_of_guessing
 from w2s.images.data import ImageData, load_data, set_config
 from w2s.images.loading import eval_loader, train_batches
 from w2s.images.models import (
+    check_image_size,
     checkpoint_gradients,
     create_model,
     export,
@@ -285,6 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval_only:
         evaluate_only(args, run, student, data)
         return
+    check_image_size(student, data_config["input_size"], name=f"--model {args.model}")
     check_term(args, student, data_config["input_size"])
 
     # updates, optimiser, learning rate
@@ -310,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     term = build_term(
         args, run, plan, kd, student=student, data=data, train_batches=lambda: data_batches(args, run, plan, data)
     )
-    if term.model is not student:  # its branches are trained, too; wrong options were refused before the teacher came
+    if term.has_branches:  # they are trained, too; wrong options were refused before the teacher came
         optimizer, scheduler = build_optimizer(args, term.model, lr=lr, **steps)
     flops = run.state["flops"] if run.state else update_flops(term, student, batch=plan.batch)
 

@@ -212,6 +212,10 @@ def test_the_first_lines_say_what_will_happen():
         assert words in line
 
 
+def test_one_evaluation_is_not_several_in_a_row():
+    assert "1 evaluation better than 60" in distillation(patience=1).describe()
+
+
 @pytest.mark.parametrize(
     ("off", "words"),
     [

@@ -840,7 +840,7 @@ def test_two_processes_train_the_branches_of_a_term_as_one(term, tmp_path, tiny_
 
 
 @pytest.mark.parametrize(
-    "term", ["nd --kd-control shuffled", "ofa --kd-target taid --grad-accum-steps 2 --batch-size 16 --model-ema"]
+    "term", ["features --kd-control shuffled", "ofa --kd-target taid --grad-accum-steps 2 --batch-size 16 --model-ema"]
 )
 def test_a_run_with_branches_that_is_killed_ends_in_the_same_bits(term, tmp_path, tiny_teacher):
     command = words("--epochs 3 --kd-warmup 0.25 --kd-hold 2 --recovery-interval 3 --kd-term", term, "--teacher")
@@ -854,6 +854,19 @@ def test_a_run_with_branches_that_is_killed_ends_in_the_same_bits(term, tmp_path
     assert read_summary(folder)["status"] == "running"
     run(tmp_path, "killed", command, tiny_teacher, "--resume auto")
     assert_same_run(folder, whole)
+
+
+def test_a_moving_target_leaves_the_rates_of_the_layers_as_they_are(tmp_path, tiny_teacher):
+    decayed = "--epochs 1 --layer-decay 0.5"
+    alone = run(tmp_path, "alone", decayed)
+    taught = run(tmp_path, "taught", decayed, "--kd-target taid --kd-weight 0 --teacher", tiny_teacher)
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (alone, taught)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_teacher_that_never_taught_took_no_time(tmp_path, tiny_teacher):
+    folder = run(tmp_path, "silent", "--epochs 1 --kd-off 0 --teacher", tiny_teacher)
+    assert [float(row["teacher_seconds"]) for row in read_rows(folder)] == [0.0]
 
 
 def test_a_term_is_resumed_after_the_switch_off_without_the_teachers_files(tmp_path, tiny_teacher):
@@ -1117,6 +1130,13 @@ COMMANDS = {  # what is wrong: options, words of the message
 }
 
 
+def test_a_student_for_larger_images_is_refused_before_the_teacher_is_scored(tmp_path, tiny_teacher):
+    model = "--dataset digits --model inception_v3 --img-size 32 --num-classes 10 --teacher"
+    message = refusal(model, tiny_teacher, "--name run --output", tmp_path / "out")
+    assert "--model inception_v3 cannot be trained on images of 32 px: " in message and "scores" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("what", COMMANDS)
 def test_a_bad_command_is_refused(what, tmp_path):
     options, needed = COMMANDS[what]
@@ -1136,6 +1156,7 @@ KD = {  # what is wrong: options beside a good teacher, words of the message
     "compiled features": ("--kd-term nd --torchcompile eager", ["--kd-term nd", "--torchcompile"]),
     "layers of branches": ("--kd-term ofa --layer-decay 0.9", ["--kd-term ofa", "--layer-decay"]),
     "features of labels": ("--kd-term features --kd-control labels", ["--kd-control labels", "features"]),
+    "centres in their order": ("--kd-term nd --kd-control shuffled", ["--kd-term nd", "--kd-control shuffled"]),
     "student without features": (
         "--kd-term nd --model deit_tiny_distilled_patch16_224 --model-kwargs patch_size=4 depth=1",
         ["--kd-term nd", "deit_tiny_distilled_patch16_224", "features"],

@@ -251,7 +251,8 @@ class Distillation:
         if phase.off == "surpass":
             rival = "the teacher in training" if self.running else f"{self.score['switch']:.4g}"
             rule = "running" if self.running else "surpass"
-            end = f"off ({rule}): {phase.patience} evaluations in a row better than {rival}"
+            wins = "1 evaluation" if phase.patience == 1 else f"{phase.patience} evaluations in a row"
+            end = f"off ({rule}): {wins} better than {rival}"
         else:
             end = "never off" if phase.off == "never" else f"off at {self.unit} {phase.off:g}, whoever is better"
         line = (

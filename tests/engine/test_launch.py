@@ -105,3 +105,27 @@ def test_processes_share_an_update(images, processes, batch_size, shared):
 def test_an_update_that_cannot_be_shared_is_refused(images, processes, batch_size, instead):
     with refused(f"{images} images", f"{processes} processes", f"resume it with {instead}"):
         share_batch(images, processes, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "BF16"}, ["ACCELERATE_MIXED_PRECISION=BF16", "no, bf16 or fp16"]),
+        ({"ACCELERATE_MIXED_PRECISION": "fp32"}, ["ACCELERATE_MIXED_PRECISION=fp32"]),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ["fp16 needs a GPU"]),
+        ({"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, ["--dynamo_backend", "--torchcompile"]),
+    ],
+)
+def test_what_a_launch_asks_for_and_would_not_get_is_refused(variables, words, accelerator, tmp_path, monkeypatch):
+    accelerate.state.AcceleratorState._reset_state(True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with refused(*words):
+        build_accelerator(tmp_path, None, timeout=60)
+
+
+def test_a_launcher_has_no_part_in_the_accumulation_of_gradients(accelerator, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    made, weight = build_accelerator(tmp_path, None, timeout=60), torch.ones(1, requires_grad=True)
+    made.backward(weight.sum())
+    assert weight.grad.item() == 1

@@ -254,6 +254,12 @@ def test_a_wrong_command_line_is_refused_in_one_line(words, parts):
         parse(*words)
 
 
+@pytest.mark.parametrize("option", ["--teacher", "--initial-checkpoint", "--resume"])
+def test_an_empty_name_is_no_option_that_was_left_out(option):
+    with refused(option, "is a variable of the shell not set?"):
+        parse(option, "")
+
+
 @pytest.mark.parametrize("words", [("--kd-weight", "1"), ("--teacher-model", "resnet18", "--kd-hold", "3")])
 def test_options_of_the_teacher_without_one_are_named_in_a_warning(words, recipe, capsys):
     parse(*words)

@@ -168,9 +168,16 @@ def test_the_weights_alone_of_an_exported_model_are_refused(tmp_path):
         load(tmp_path / "model" / "model.safetensors", "resnet10t", TINY)
 
 
-@pytest.mark.parametrize(("name", "kwargs"), [("vit_tiny_patch16_224", TINY_VIT), ("resnet10t", TINY)])
-def test_a_bare_weights_file_is_given_the_students_pixels_as_they_are(tmp_path, name, kwargs):
-    model = create_model(name, 10, img_size=32, model_kwargs=kwargs)
+@pytest.mark.parametrize(
+    ("name", "kwargs", "size"),
+    [
+        ("vit_tiny_patch16_224", TINY_VIT, 32),
+        ("vit_tiny_patch16_224", TINY_VIT | {"img_size": 48}, 48),  # resized for a model of one size
+        ("resnet10t", TINY, 32),
+    ],
+)
+def test_a_bare_weights_file_is_given_the_students_pixels_as_they_are(tmp_path, name, kwargs, size):
+    model = create_model(name, 10, img_size=32, model_kwargs=kwargs)  # a size in the arguments comes first
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     words = f"--dataset digits --model resnet10t --teacher {tmp_path / 'weights.safetensors'} --teacher-model {name}"
     args = build_parser().parse_recipe(words.split())
@@ -179,8 +186,9 @@ def test_a_bare_weights_file_is_given_the_students_pixels_as_they_are(tmp_path, 
     run, data = SimpleNamespace(placement={"device": "cpu"}), SimpleNamespace(classes=Classes(10))
     teacher = build_teacher(args, run, args.teacher, config, data)
     # the script's default memory format is another than the model's: the same sums in another order
-    torch.testing.assert_close(teacher(images), logits(model, images), atol=1e-5, rtol=1e-5)
-    assert teacher.same_range and teacher.size == (32, 32)
+    expected = logits(model, images if size == 32 else F.interpolate(images, size, mode="bicubic", antialias=True))
+    torch.testing.assert_close(teacher(images), expected, atol=1e-5, rtol=1e-5)
+    assert teacher.same_range and teacher.size == (size, size)
 
 
 # --- the same pixels -------------------------------------------------------------------------------------------------

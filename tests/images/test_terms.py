@@ -267,12 +267,11 @@ def test_the_target_of_taid_forgets_a_loss_that_overflowed(overflow):
 
 def test_the_target_of_taid_moves_by_updates_however_many_micro_batches_they_have():
     """So that it goes on in the same place with another number of processes."""
-    whole, parts = TermState(length=4), TermState(length=4, micro_batches=2)
-    for _ in range(3):
-        whole.follow(torch.tensor(1.0))
-        parts.follow(torch.tensor(1.0))
-        parts.follow(torch.tensor(1.0))
-    assert whole.updates == parts.updates == 3
-    whole.load_state_dict(parts.state_dict())
-    whole.follow(torch.tensor(1.0))
-    assert whole.t == pytest.approx(0.4 + 0.6 * 3 / 4)
+    whole, parts = TermState(length=40000), TermState(length=40000, micro_batches=2)
+    for update in range(300):  # so many that most of the way is leaps, not the line
+        whole.follow(torch.tensor(2.0 * 0.98**update))
+        for share in (1.5, 0.5):
+            parts.follow(torch.tensor(share * 2.0 * 0.98**update))
+    for name, value in whole.state_dict().items():
+        assert float(parts.state_dict()[name]) == pytest.approx(float(value), abs=1e-4), name
+    assert whole.updates == 300 and whole.t > 0.4 + 0.6 * 300 / 40000 + 0.01

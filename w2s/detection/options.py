@@ -20,7 +20,7 @@ from w2s.engine.options import (
     add_worker_option,
     switch_fraction,
 )
-from w2s.engine.parsing import KeyValues, Parser, add_switch, natural_int, positive_int
+from w2s.engine.parsing import KeyValues, Parser, add_switch, natural_int, not_empty, positive_int
 
 
 def add_detection_data_options(parser: Parser) -> None:
@@ -110,7 +110,9 @@ def add_detector_options(parser: Parser) -> None:
     group.add_argument("--detector", choices=list(DETECTOR_KINDS), default="retinanet", help="kind of the student")
     group.add_argument("--model", default="resnet50", metavar="NAME", help="timm backbone")
     add_switch(group, "--pretrained-backbone", "start from timm's pretrained weights")
-    group.add_argument("--initial-checkpoint", metavar="PATH", help="start from a run folder or a weights file")
+    group.add_argument(
+        "--initial-checkpoint", type=not_empty, metavar="PATH", help="start from a run folder or a weights file"
+    )
     group.add_argument("--norm", metavar="KIND", help="frozen_bn, bn or gn (default: frozen_bn if pretrained, else bn)")
     group.add_argument(
         "--trainable-layers",

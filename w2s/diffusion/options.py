@@ -2,7 +2,7 @@
 
 from w2s.diffusion.process import add_process_options
 from w2s.engine.options import add_batch_options, add_data_options, add_weights_options
-from w2s.engine.parsing import KeyValues, Parser, add_switch, positive_int, probability
+from w2s.engine.parsing import KeyValues, Parser, add_switch, not_empty, positive_int, probability
 
 
 def add_diffusion_data_options(parser: Parser) -> None:
@@ -25,7 +25,9 @@ def add_denoiser_options(parser: Parser) -> None:
         metavar="K=V",
         help="ncN-rbM: channel_mult, attention, dropout, head_dim; else timm's: patch_size, embed_dim, depth, ...",
     )
-    group.add_argument("--initial-checkpoint", metavar="PATH", help="start from a run folder or pipeline folder")
+    group.add_argument(
+        "--initial-checkpoint", type=not_empty, metavar="PATH", help="start from a run folder or pipeline folder"
+    )
     add_switch(group, "--class-cond", "condition on the class; otherwise no labels are needed")
     add_process_options(group)
     add_weights_options(group, sync_bn=False, ema=True, ema_decay=0.999)

@@ -15,6 +15,8 @@ import timm
 import torch
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DynamoBackend,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -28,6 +30,7 @@ from w2s.engine.errors import Finished, InputError
 from w2s.engine.sharding import asked_for, build_plugin, shard_on_cpu
 
 Decision = TypeVar("Decision")
+PRECISION = "ACCELERATE_MIXED_PRECISION"  # of the environment, in which a launcher hands it down
 
 
 def build_accelerator(folder: Path, trackers: list[str] | None, *, timeout: float) -> accelerate.Accelerator:
@@ -39,9 +42,12 @@ def build_accelerator(folder: Path, trackers: list[str] | None, *, timeout: floa
         timeout: --ddp-timeout in seconds.
 
     Raises:
-        InputError: several processes were started that know nothing of each other, or the launch asks for DeepSpeed,
-            FSDP1 or a part of FSDP that is not supported.
+        InputError: several processes were started that know nothing of each other, or the launch asks for a precision
+            that does not exist here, for DeepSpeed, FSDP1 or a part of FSDP that is not supported, or compiles.
     """
+    asked = os.environ.get(PRECISION, "no")
+    if asked not in ("no", "bf16", "fp16"):  # Accelerate would train in float32 and call it that
+        raise InputError(f"{PRECISION}={asked}: the precision is no, bf16 or fp16")
     plugin = build_plugin() if asked_for() else None
     # the buffers that are evaluated and saved are those of the main process, see `share_buffers`
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate does not know its new name yet
@@ -51,6 +57,7 @@ def build_accelerator(folder: Path, trackers: list[str] | None, *, timeout: floa
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
         mixed_precision=default_precision(),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop accumulates, not the launcher
         fsdp_plugin=plugin,
         log_with=trackers,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
@@ -61,6 +68,10 @@ def build_accelerator(folder: Path, trackers: list[str] | None, *, timeout: floa
             f"{started} processes were started (WORLD_SIZE), but Accelerate joins {accelerator.num_processes}, so that "
             "each would train alone: to train on CPUs, set ACCELERATE_USE_CPU=true"
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("fp16 needs a GPU: on a CPU the precision is bf16 or no")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise InputError("leave out the launcher's --dynamo_backend: to compile is the script's --torchcompile")
     if plugin:
         shard_on_cpu(accelerator, plugin)
     # torch's fused attention for CPUs takes some twenty times as long for its backward in bf16 as in float32
@@ -71,7 +82,7 @@ def build_accelerator(folder: Path, trackers: list[str] | None, *, timeout: floa
 
 def default_precision() -> str | None:
     """bf16 on GPUs and CPUs that have it in hardware, unless a launcher has decided."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if PRECISION in os.environ:
         return None
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         found = torch.cpu.get_capabilities()

@@ -13,6 +13,7 @@ from w2s.engine.parsing import (
     add_switch,
     backend,
     natural_int,
+    not_empty,
     not_negative,
     positive,
     positive_int,
@@ -31,7 +32,9 @@ def add_run_options(parser: Parser) -> None:
     group.add_argument(
         "--target", nargs="+", default=[], metavar="TAU", help="metric values to time, fixed before the run: 65 80"
     )
-    group.add_argument("--resume", metavar="auto|PATH", help="auto: go on from the newest complete checkpoint, if any")
+    group.add_argument(
+        "--resume", type=not_empty, metavar="auto|PATH", help="auto: go on from the newest complete checkpoint, if any"
+    )
     add_switch(group, "--dry-run", "a few updates and one evaluation; nothing is kept")
     add_switch(group, "--eval-only", "evaluate the run's model or --initial-checkpoint, and exit")
     group.add_argument("--checkpoint-hist", type=positive_int, default=2, metavar="N", help="checkpoints kept")
@@ -173,7 +176,7 @@ def add_kd_options(
     """
     group = parser.add_group_needing("teacher", "distillation (off without --teacher)")
     taken = f"{teacher}; of several, each hands over to the next once it is passed or its window has ended"
-    group.add_argument("--teacher", nargs="+", action=Teachers, metavar="RUN_OR_FILE", help=taken)
+    group.add_argument("--teacher", nargs="+", type=not_empty, action=Teachers, metavar="RUN_OR_FILE", help=taken)
     group.add_argument(
         "--teacher-model", metavar="NAME", help="architecture of a --teacher file: a timm NAME or torchvision/NAME"
     )

@@ -273,6 +273,7 @@ share = _checked(float, lambda value: 0 <= value < 1, "a number in [0, 1)")
 probability = _checked(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
 not_negative = _checked(float, lambda value: value >= 0, "a number of 0 or more")
 positive = _checked(float, lambda value: value > 0, "a number above 0")
+not_empty = _checked(str, bool, "a name or a path (is a variable of the shell not set?)")
 rate_of_evaluations = _checked(
     _int_or_float,
     lambda value: isinstance(value, int) if value >= 1 else value > 0 and abs(round(1 / value) * value - 1) < 0.02,

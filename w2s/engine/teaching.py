@@ -138,8 +138,7 @@ def start_distillation(
         load: makes the teacher of a name in --teacher, fitted to the student.
         count_flops: gives those of a teacher's forward in an update.
         evaluate: gives the metric of a student, or of what takes its place, on a split.
-        report, switch: the reporting split and the switch split, as `evaluate` takes them.
-        metric: its name, for the messages.
+        report, switch, metric: both splits, as `evaluate` takes them, and the name of what it gives.
         switch_images: how many images the switch split has; None where the metric is no share of images in percent.
             With them come the standard error of a score, and the warnings of one that is too good to be true and of
             a split that is too small to decide anything.
@@ -175,6 +174,7 @@ def start_distillation(
         kd.start(fitting, count=(lambda teacher: 0) if args.kd_control == "uniform" else count_flops)
     elif kd.active:
         kd.teacher, kd.score = introduce(args.teacher, kd.score)
+    kd.restart_timer()  # to score it was not to teach
     return kd
 
 

@@ -130,6 +130,18 @@ def classifier_flops(model: nn.Module, image_shape: tuple[int, int, int], *, bat
     return count_flops(step) * batch // 2
 
 
+def check_image_size(model: nn.Module, image_shape: tuple[int, int, int], name: str) -> None:
+    """Refuse a model that cannot take images of this shape (C, H, W); `name` is what the message calls it.
+
+    Raises:
+        InputError: the images are too small for its strides, or not of the size it was built for.
+    """
+    try:
+        classifier_flops(model, image_shape, batch=2, train=True)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f"{name} cannot be trained on images of {image_shape[-1]} px: {first_line(error)}") from None
+
+
 def checkpoint_gradients(model: nn.Module) -> None:
     """Have a model compute its activations again in the backward, instead of keeping them.
 

@@ -1,7 +1,7 @@
 """The options of classification, group by group: data, model, loss and augmentation, under timm's names."""
 
 from w2s.engine.options import add_data_options, add_training_options, add_weights_options
-from w2s.engine.parsing import KeyValues, Parser, add_switch, not_negative, positive_int, probability, share
+from w2s.engine.parsing import KeyValues, Parser, add_switch, not_empty, not_negative, positive_int, probability, share
 from w2s.images.terms import TERMS
 
 
@@ -27,7 +27,9 @@ def add_classifier_options(parser: Parser) -> None:
     group = parser.add_argument_group("model (timm)")
     group.add_argument("--model", default="resnet50", metavar="NAME", help="timm architecture of the student")
     add_switch(group, "--pretrained", "start from timm's pretrained weights")
-    group.add_argument("--initial-checkpoint", metavar="PATH", help="start from a run folder or a weights file")
+    group.add_argument(
+        "--initial-checkpoint", type=not_empty, metavar="PATH", help="start from a run folder or a weights file"
+    )
     group.add_argument("--num-classes", type=positive_int, metavar="N", help="outputs (default: from the data)")
     group.add_argument("--img-size", type=positive_int, metavar="N", help="pixels a side (default: the model's own)")
     group.add_argument("--in-chans", type=positive_int, default=3, metavar="N", help="channels of the images: 1 or 3")

@@ -5,6 +5,7 @@ from pathlib import Path
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from w2s.engine.errors import InputError, first_line
@@ -126,8 +127,10 @@ def _load_file(
         model = build(name, classes)
     if trained:
         load_weights(model, path, weights)
-    side = getattr(model, "image_size", img_size) if name.startswith(TORCHVISION) else img_size
-    images = {"input_size": (in_chans, side, side), "mean": data_config["mean"], "std": data_config["std"]}
+    size = to_2tuple(model_kwargs.get("img_size", img_size))
+    if name.startswith(TORCHVISION):
+        size = to_2tuple(getattr(model, "image_size", img_size))
+    images = {"input_size": (in_chans, *size), "mean": data_config["mean"], "std": data_config["std"]}
     if name.startswith(TORCHVISION):
         model.pretrained_cfg = {**images, **model.pretrained_cfg}  # a tag of torchvision's weights says more
     elif "pretrained_cfg_overlay" not in model_kwargs:

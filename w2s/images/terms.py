@@ -72,6 +72,11 @@ class Term:
         self.kd, self.model, self.kind, self.weight, self.flops = kd, model, kind, weight, flops
         self.state = getattr(model, "state", None) or TermState()
 
+    @property
+    def has_branches(self) -> bool:
+        """Whether something is trained beside the student."""
+        return isinstance(self.model, StudentBranches) and any(True for _ in self.model.branches().parameters())
+
     def __call__(self, logits: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
         """The loss of a batch that was forwarded by `model`, before its multiplication with lambda.
 
@@ -111,6 +116,7 @@ class TermState(nn.Module):
     ) -> None:
         super().__init__()
         self.length, self.micro_batches = length, micro_batches
+        self._losses: list[Tensor] = []  # of the micro-batches of this update so far
         self.register_buffer("centres", None if centres is None else torch.zeros(centres))
         if length is not None:
             for name, value in (("t", TAID_START), ("momentum", 0.0), ("previous", torch.inf), ("updates", 0.0)):
@@ -121,17 +127,24 @@ class TermState(nn.Module):
         return taught if self.length is None else interpolated_logits(logits, taught, self.t)
 
     def follow(self, loss: Tensor) -> None:
-        """Move the target on after a batch with this loss, alike on all processes. One that overflowed does not."""
+        """Move the target on after an update, of which a micro-batch has this loss, alike on all processes.
+
+        An update that overflowed leaves it where it was.
+        """
         if self.length is None:
             return
-        loss = reduce(loss, "mean")
+        self._losses.append(loss)
+        if len(self._losses) < self.micro_batches:
+            return
+        loss = reduce(torch.stack(self._losses).mean(), "mean")
+        self._losses.clear()
         linear = TAID_START + (TAID_END - TAID_START) * (self.updates / self.length).clamp_max(1)
         moved = moved_target(
             self.t, self.momentum, self.previous, loss, linear, step=TAID_STEP, beta=TAID_BETA, end=TAID_END
         )
         for buffer, value in zip((self.t, self.momentum, self.previous), (*moved, loss), strict=True):
             buffer.copy_(torch.where(loss.isfinite(), value, buffer))
-        self.updates += 1 / self.micro_batches
+        self.updates += 1
 
 
 def check_term(args, student: nn.Module, image_shape: tuple[int, int, int]) -> None:
@@ -149,6 +162,8 @@ def check_term(args, student: nn.Module, image_shape: tuple[int, int, int]) -> N
         raise InputError(f"{what} trains branches beside the student's layers: leave out --layer-decay")
     if args.kd_control in ("uniform", "labels") and args.kd_term in TERMS_OF_FEATURES:
         raise InputError(f"--kd-control {args.kd_control} has no features to put in the teacher's place for {what}")
+    if args.kd_control == "shuffled" and args.kd_term == "nd":
+        raise InputError(f"{what} has centres of the true classes, which --kd-control shuffled leaves as they are")
     found = find_features(student, image_shape)
     if found is None:
         raise InputError(f"{what}: {args.model} gives no pooled features in front of its classifier")
@@ -188,7 +203,7 @@ def build_term(
             heads = {stage: LogitHead(shape, pooled, data.num_classes) for stage, shape in shapes.items()}
     length = None
     if args.kd_target == "taid":
-        length = min(kd.phase.window * plan.updates_per_epoch, plan.total)
+        length = min(kd.phase.window * plan.updates_per_epoch, plan.total) or plan.total
     state = TermState((data.num_classes, width) if args.kd_term == "nd" else None, length, args.grad_accum_steps)
     model = StudentBranches(
         student, wanted=lambda: kd.weight > 0, pooled=width > 0, projection=projection, heads=heads, state=state
@@ -196,6 +211,7 @@ def build_term(
     if args.kd_term == "nd" and not run.state:
         most = plan.updates_per_epoch * args.grad_accum_steps
         state.centres.copy_(class_centres(kd.teacher, train_batches(), most=most, num_classes=data.num_classes))
+        kd.restart_timer()
     flops = branch_flops(model, pooled, shapes, plan.batch)
     params = sum(parameter.numel() for parameter in model.branches().parameters())
     run.log(_describe(args, params))

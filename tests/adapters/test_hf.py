@@ -123,6 +123,13 @@ def test_the_teacher_is_measured_as_the_student_is(tmp_path):
         assert read_summary(tmp_path / "run")["teacher"][split] == pytest.approx(expected)
 
 
+def test_the_teacher_has_the_precision_of_the_student(tmp_path):
+    teacher, seen = CountingTeacher(), []
+    teacher.register_forward_hook(lambda module, inputs, logits: seen.append(logits.dtype))
+    trainer_of(tmp_path / "run", teacher, {"off": "never"}, num_train_epochs=1, bf16=True).train()
+    assert len(seen) > 4 and set(seen) == {torch.bfloat16}
+
+
 def test_a_student_alone_is_trained_as_by_transformers_and_recorded(tmp_path):
     trainer_of(tmp_path / "run", num_train_epochs=2).train()
     rows = read_rows(tmp_path / "run")

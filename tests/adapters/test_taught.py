@@ -135,6 +135,23 @@ def test_the_micro_batches_of_an_update_are_one_update(tmp_path):
     assert run.distillation.updates == 2
 
 
+def test_the_clock_goes_on_after_a_validation_within_an_update(tmp_path):
+    run = begin(taught(tmp_path / "run"))
+    run.advance(5)
+    run.clock.pause()
+    run.advance(5)
+    assert run.clock.running
+
+
+def test_a_window_that_ends_with_the_run_is_its_end(tmp_path):
+    run = begin(taught(tmp_path / "run"))
+    epochs(run, 0, 40, 40, 40, 40)
+    run.finish()
+    assert read_summary(tmp_path / "run")["kd_off"] == {"epoch": 4.0, "update": 40, "reason": "window"}
+    assert [row["kd_active"] for row in read_rows(tmp_path / "run")] == ["1", "1", "1", "0"]
+    assert run.state_dict()["phase"]["kd_off"] is not None
+
+
 def test_options_that_yaml_cannot_hold_are_written_as_text(tmp_path):
     run = TaughtRun(tmp_path / "run", metric="accuracy", options={"folder": tmp_path, "sizes": (1, 2)})
     run.begin(updates_per_epoch=10, device=CPU, options={"loss": math.sqrt})

@@ -117,6 +117,14 @@ def test_augmentation_that_timm_does_not_know_is_refused(changes):
         transform_of(reprob=0.5, **changes)
 
 
+def test_pad_crop_resizes_as_train_interpolation_says():
+    image = Pictures(1, (50, 40))[0][0]
+    nearest, bicubic = (transform_of(train_interpolation=kind, **STILL)(image) for kind in ("nearest", "bicubic"))
+    assert not torch.equal(nearest, bicubic)
+    with refused("transforms", "random"):
+        transform_of(train_interpolation="random", **STILL)
+
+
 def test_statistics_of_another_number_of_channels_are_refused():
     with refused("--mean"):
         options(mean=[0.5, 0.5])

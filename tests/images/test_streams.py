@@ -19,7 +19,7 @@ from PIL import Image
 from train_cls import validate
 from w2s.engine.stopping import Stopping
 from w2s.images.data import load_data
-from w2s.images.loading import train_batches
+from w2s.images.loading import eval_loader, train_batches
 
 
 @pytest.fixture(scope="module")
@@ -207,5 +207,27 @@ def test_held_out_shards_are_the_switch_split_of_a_stream(shards):
     ids=["no classes", "a subset", "no length", "no length to report on", "no such split", "no such switch split"],
 )
 def test_a_stream_that_cannot_be_used_is_refused(shards, changes, words):
+    with refused(*words):
+        stream(shards, **changes)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_label_beyond_the_classes_is_refused_before_it_reaches_the_model(shards, split):
+    args, data = stream(shards, num_classes=2, workers=1)
+    with refused(f"label 2 in split '{split}'", "--num-classes 2 is 0..1"):
+        if split == "train":
+            next(serve(data.train, args, start=0, batches_per_epoch=6))
+        else:
+            list(eval_loader(data.report, process(), batch_size=4, workers=0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"val_split": "train"}, ("--train-split and --val-split are both 'train'",)),
+        ({"teacher": "somewhere", "switch_split": "val"}, ("--val-split and --switch-split are both 'val'",)),
+    ],
+)
+def test_shards_have_one_purpose(shards, changes, words):
     with refused(*words):
         stream(shards, **changes)

@@ -129,6 +129,7 @@ class _Watch(TrainerCallback):
             score=self.trainer.measure,
             params=sum(p.numel() for p in self.trainer.model.parameters()),
             options=options,
+            autocast=self.trainer.accelerator.autocast,  # the Trainer's own is around the student alone
         )
 
     def on_step_begin(

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -99,6 +100,7 @@ class TaughtRun:
         score: Callable[[Teacher], dict[str, float]] | None = None,
         params: int | None = None,
         options: dict | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         """Make the teacher ready, measure it once, and open the run folder. A silent teacher is not touched.
 
@@ -110,6 +112,7 @@ class TaughtRun:
             score: the teacher's metric on the two splits, {"switch": ..., "report": ...}, measured as the student's is.
             params: of the student, for the record.
             options: further ones that the adapter knows.
+            autocast: in which the teacher's forward runs, where the library's own does not hold around `term`.
 
         Raises:
             ValueError: the folder holds another run, or the teacher's score is not finite.
@@ -120,7 +123,7 @@ class TaughtRun:
         kd.updates_per_epoch = updates_per_epoch
         self.clock.sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         if kd.active:
-            kd.teacher = LogitTeacher(self._model, self.teacher_name, self.teacher_source, device)
+            kd.teacher = LogitTeacher(self._model, self.teacher_name, self.teacher_source, device, autocast)
             if kd.score is None:
                 kd.score = self._measure(kd.teacher, score)
             kd.restart_timer()
@@ -156,13 +159,13 @@ class TaughtRun:
 
     def advance(self, update: int) -> None:
         """Settle lambda(u) and T(u) of the update that begins after so many, for all of its micro-batches."""
+        self.clock.start()
         if update == self._settled:
             return
         self._settled = update
         was_active = self.distillation.active
         self.distillation.advance(update)
         self.distillation.count_update()
-        self.clock.start()
         self._note_silence(was_active)
 
     def term(self, logits: Tensor, images: Tensor) -> Tensor | float:
@@ -193,7 +196,8 @@ class TaughtRun:
         self.clock.pause()
         kd = self.distillation
         was_active = kd.active
-        if was_active:
+        kd.advance(update)  # the window may end here
+        if kd.active:
             kd.observe(switch, update=update)
         self.clock.teacher_seconds += kd.take_seconds()
         self.record.add(

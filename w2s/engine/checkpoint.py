@@ -23,7 +23,8 @@ from w2s.engine.launch import refuse_together
 from w2s.engine.tensors import Trained, read_tensors, write_tensors
 from w2s.record import BOOKKEEPING_OPTIONS, replacing
 
-# options that may change when a run is resumed: they do not change what it computes
+# options that may change when a run is resumed: they do not change what it computes, except `workers` the order in
+# which a stream is read
 FREE_OPTIONS = (*BOOKKEEPING_OPTIONS, "workers")
 READ_PATIENCE = 10.0  # seconds that a process waits for a checkpoint to appear on a shared disk
 

@@ -76,7 +76,7 @@ def classification_transform(args, data_config: dict) -> Callable:
         size = list(data_config["input_size"][-2:])
         crop = transforms.Compose(
             [
-                transforms.Resize(size, transforms.InterpolationMode(data_config["interpolation"])),
+                _resize(args, data_config),
                 transforms.RandomCrop(size, padding=args.pad_crop),
                 transforms.RandomHorizontalFlip(args.hflip),
                 transforms.RandomVerticalFlip(args.vflip),
@@ -103,10 +103,16 @@ def cached_transform(args, data_config: dict) -> Callable:
     """What `--cache` keeps of a training image: pixels (H, W, C), uint8, before they are cropped and flipped."""
     if args.no_aug:
         return classification_transform(args, data_config)
-    resize = transforms.Resize(
-        data_config["input_size"][-2:], transforms.InterpolationMode(data_config["interpolation"])
-    )
-    return transforms.Compose([resize, to_pixels])
+    return transforms.Compose([_resize(args, data_config), to_pixels])
+
+
+def _resize(args, data_config: dict) -> transforms.Resize:
+    """What gives --pad-crop an image of the size of the run. Raises InputError for "random" interpolation."""
+    try:
+        interpolation = transforms.InterpolationMode(args.train_interpolation or data_config["interpolation"])
+    except ValueError as error:
+        raise _cannot_build(error) from None
+    return transforms.Resize(list(data_config["input_size"][-2:]), interpolation)
 
 
 def _with_pixels(transform: transforms.Compose) -> transforms.Compose:

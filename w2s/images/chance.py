@@ -43,8 +43,10 @@ def warn_of_guessing(job: Job, metrics: dict[str, float], guess: dict[str, float
     if len(job.run.record.rows) < 2 or not is_guessing(metrics, guess):
         return
     taught = job.distillation.updates > 0
+    young = ", or the average of its weights is still near the first ones (--model-ema-warmup)" if job.ema else ""
     job.run.log(
         f"warning: the student is at chance level (top1 {metrics['top1']:.4g}, loss {metrics['eval_loss']:.4g}; "
-        f"guessing gives {guess['top1']:.4g} and {guess['eval_loss']:.4g}). Unless it has hardly begun to learn, its "
-        f"training has collapsed: lower --lr{' or --kd-weight' if taught else ''}, or clip the gradients (--clip-grad)"
+        f"guessing gives {guess['top1']:.4g} and {guess['eval_loss']:.4g}). Unless it has hardly begun to "
+        f"learn{young}, its training has collapsed: lower --lr{' or --kd-weight' if taught else ''}, or clip the "
+        "gradients (--clip-grad)"
     )

@@ -1,5 +1,6 @@
 """The images of a run: opened, checked and cut into the training, the switch and the reporting split."""
 
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -247,6 +248,10 @@ def _load_stream(args, data_config: dict, accelerator: Accelerator, *, cache: st
         input_key=args.input_key,
         target_key=args.target_key,
     )
+    named = {"--train-split": args.train_split, "--val-split": args.val_split, "--switch-split": args.switch_split}
+    for (option, split), (other, same) in itertools.combinations(named.items(), 2):
+        if split == same:
+            raise InputError(f"{option} and {other} are both '{split}': what is reported may not train, nor decide")
     report_transforms = eval_transform(data_config), device_transform(args, data_config, accelerator.device)
     switch = None
     if args.teacher and args.kd_off != "running":
@@ -262,6 +267,8 @@ def _load_stream(args, data_config: dict, accelerator: Accelerator, *, cache: st
     train.transform = classification_transform(args, data_config)
     train.on_device = device_transform(args, data_config, accelerator.device, training=True)
     report.transform, report.on_device = report_transforms
+    for part in (train, report) if switch is None else (train, switch, report):
+        part.num_classes = args.num_classes  # for `with_known_labels`
     shards = len(getattr(getattr(train.reader, "split_info", None), "filenames", ())) or math.inf
     readers = max(args.workers, 1) * PartialState().num_processes
     if shards < readers:

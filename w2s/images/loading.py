@@ -14,7 +14,7 @@ from w2s.engine.randomness import own_randomness, seed_augmentation
 from w2s.images.cache import CachedSplit
 from w2s.images.datasets import read_image
 from w2s.images.pixels import DeviceTransform
-from w2s.images.streams import stream_batches
+from w2s.images.streams import stream_batches, with_known_labels
 
 
 class ImageSplit(Dataset):
@@ -114,6 +114,7 @@ def eval_loader(
     elif isinstance(dataset, IterableDataset):
         dataset.set_loader_cfg(num_workers=workers)
         batches = DataLoader(dataset, batch_size=batch_size, generator=generator, **options)
+        batches = with_known_labels(batches, dataset)
     else:
         sampler = EvalBatches(len(dataset), batch_size, rank=rank, world=world)
         batches = DataLoader(dataset, batch_sampler=sampler, generator=generator, **options)

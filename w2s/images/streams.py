@@ -1,7 +1,7 @@
 """Streams: datasets whose shards are read in sequence, for large data on slow disks or on the hub."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -74,6 +74,25 @@ def _read_each_sample_once(stream: Dataset, dataset: str, split: str) -> None:
         reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
+def with_known_labels(batches: Iterable[tuple[Tensor, Tensor]], stream: IterableDataset) -> Iterator:
+    """The same batches (images, labels), as long as all labels are among the classes of the run.
+
+    Those of other datasets are looked at before the training.
+
+    Raises:
+        InputError: a label is not.
+    """
+    for images, labels in batches:
+        low, high = labels.min().item(), labels.max().item()
+        if low < 0 or high >= stream.num_classes:
+            wrong = low if low < 0 else high
+            raise InputError(
+                f"label {wrong} in split '{stream.split_name}' is out of range: --num-classes {stream.num_classes} is "
+                f"0..{stream.num_classes - 1}"
+            )
+        yield images, labels
+
+
 def stream_batches(
     stream: IterableDataset,
     accelerator: Accelerator,
@@ -94,7 +113,8 @@ def stream_batches(
         left = batches_per_epoch
         stream.set_epoch(epoch)
         generator = torch.Generator().manual_seed(mix_seed(seed, epoch, accelerator.process_index))
-        for batch in DataLoader(stream, batch_size=batch_size, drop_last=True, generator=generator, **options):
+        batches = DataLoader(stream, batch_size=batch_size, drop_last=True, generator=generator, **options)
+        for batch in with_known_labels(batches, stream):
             left -= 1
             if skip:
                 skip -= 1

@@ -1,6 +1,8 @@
 """Opening datasets and reading their labels and images."""
 
+import io
 import os
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +10,11 @@ import numpy as np
 import pytest
 from helpers import refused
 from images.pictures import hf_folder, picture, picture_folder
+from PIL import Image
 from timm.data import create_dataset
+from torch.utils.data import DataLoader
 
+from w2s.engine.decoding import in_threads
 from w2s.images.datasets import PackedSamples, image_mode, open_dataset, read_image, targets_of
 
 
@@ -70,3 +75,22 @@ def test_other_than_grey_and_colour_images_are_refused():
     assert (image_mode(1), image_mode(3)) == ("L", "RGB")
     with refused("--in-chans 2", "1 or 3 channels"):
         image_mode(2)
+
+
+def test_the_images_of_a_tar_are_read_by_several_threads_and_workers_at_once(tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for number in range(200):
+            file = io.BytesIO()
+            Image.fromarray(np.full((64, 64, 3), number, np.uint8)).save(file, "png")
+            info = tarfile.TarInfo(f"{number % 2}/{number:03}.png")
+            info.size = file.tell()
+            file.seek(0)
+            tar.addfile(info, file)
+    opened = open_dataset("", "train", data_dir=str(tmp_path / "set.tar"), mode="RGB")
+    seen = [
+        image.getpixel((0, 0))[0] for image, _ in in_threads(lambda row: read_image(opened, row, "RGB"), range(200))
+    ]
+    assert sorted(seen) == list(range(200))
+    opened.transform = lambda image: image.getpixel((0, 0))[0]
+    loader = DataLoader(opened, batch_size=10, num_workers=2, multiprocessing_context="fork")
+    assert sorted(value for values, _ in loader for value in values.tolist()) == list(range(200))

@@ -64,6 +64,8 @@ def open_dataset(
     reader = getattr(opened, "reader", None)
     if isinstance(reader, ReaderImageFolder):
         reader.samples = PackedSamples(reader.samples)
+    if hasattr(reader, "cache_tarfiles"):
+        reader.cache_tarfiles = False  # threads and forked workers would share one file and its position in it
     if hasattr(reader, "samples") and os.path.isdir(data_dir) and os.path.samefile(reader.root, data_dir):
         # where timm finds no folder of the split, it takes all images below `data_dir`
         raise InputError(f"{data_dir} has no folder for the split '{split}'")

@@ -92,6 +92,11 @@ def test_a_file_names_classes_or_labels(tmp_path, name, text):
     assert columns(named(PETS), named(ZOO), tmp_path / name) == [3, 1, None]
 
 
+def test_the_very_name_comes_before_one_of_another_case(tmp_path):
+    (tmp_path / "map.txt").write_text("Car\ncar\n")
+    assert columns(Classes(2), named(("car", "Car", "van")), tmp_path / "map.txt") == [1, 0]
+
+
 def test_a_name_comes_before_a_label(tmp_path):
     (tmp_path / "map.txt").write_text("2\n0\n")
     assert columns(Classes(2), named(("0", "1", "2")), tmp_path / "map.txt") == [2, 0]

@@ -29,6 +29,8 @@ class Classes(NamedTuple):
     def find(self, text: str) -> int | None:
         """The label of the class that a text means, by name or else by index; None if it means no class."""
         for names in self.namings:
+            if text in names:  # also where another name differs in its case alone
+                return names.index(text)
             if (label := _labels(names).get(_plain(text))) is not None:
                 return label
         return int(text) if text.isascii() and text.isdigit() and int(text) < self.count else None

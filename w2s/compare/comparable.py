@@ -24,7 +24,7 @@ def common_settings(run: RunFolder) -> dict:
             settings[name] = value
     environment = run.summary["environment"] or {}
     for name in ("device", "processes", "earlier_processes", "sharding", "mixed_precision"):
-        settings[name] = environment.get(name)
+        settings[name] = environment.get(name) or None  # no earlier processes are none
     for name in (*MUST_MATCH, "weights", "params", "data"):
         settings[name] = run.summary.get(name)
     settings["flops"] = (run.summary.get("flops") or {}).get("student_update")

@@ -18,6 +18,7 @@ from torchvision.utils import make_grid
 
 from w2s.engine.decoding import check_readable_rows
 from w2s.engine.errors import InputError
+from w2s.engine.launch import decide_on_main
 from w2s.engine.loading import loader_options
 from w2s.engine.options import switch_fraction
 from w2s.images.augmentation import eval_transform
@@ -246,7 +247,7 @@ def _reference_key(args, dataset: Dataset, *, split: str, rows: np.ndarray) -> d
         "column": args.input_key,
         "split": split,
         "rows": hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest(),
-        "files": _files_digest(dataset, rows),
+        "files": decide_on_main(partial(_files_digest, dataset, rows)),  # one look at each file is enough
         "n": len(rows),
         "size": args.img_size,
         "channels": args.in_chans,

@@ -51,13 +51,13 @@ from w2s.images.chance import warn_of_guessing
 from w2s.images.data import ImageData, load_data, set_config
 from w2s.images.loading import eval_loader, train_batches
 from w2s.images.models import (
-    check_image_size,
     checkpoint_gradients,
     create_model,
     export,
     find_model,
     load_weights,
     pretrained_cfg,
+    student_flops,
 )
 from w2s.images.options import (
     add_augmentation_options,
@@ -286,11 +286,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval_only:
         evaluate_only(args, run, student, data)
         return
-    check_image_size(student, data_config["input_size"], name=f"--model {args.model}")
-    check_term(args, student, data_config["input_size"])
 
     # updates, optimiser, learning rate
-    plan = plan_updates(args, run, data.samples, epochs=args.epochs)
+    plan, shape = plan_updates(args, run, data.samples, epochs=args.epochs), data_config["input_size"]
+    student_update = student_flops(student, shape, batch=plan.batch, name=f"--model {args.model}")
+    check_term(args, student, shape)
     lr = scaled_lr(args, plan.batch)
     steps = {"length": args.epochs, "updates_per_unit": plan.updates_per_epoch, "fused": run.fuses}
     optimizer, scheduler = build_optimizer(args, student, lr=lr, **steps)
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if term.has_branches:  # they are trained, too; wrong options were refused before the teacher came
         optimizer, scheduler = build_optimizer(args, term.model, lr=lr, **steps)
-    flops = run.state["flops"] if run.state else update_flops(term, student, batch=plan.batch)
+    flops = run.state["flops"] if run.state else update_flops(term, student, plan.batch, student_update)
 
     # the run
     job = build_job(args, run, plan, term, student=student, optimizer=optimizer, scheduler=scheduler, flops=flops)

@@ -30,6 +30,7 @@ from w2s.engine.training import Job
 from w2s.images import loading as image_loading
 from w2s.images.augmentation import build_criterion, build_mixup
 from w2s.images.data import load_data
+from w2s.images.models import student_flops
 from w2s.images.terms import Term, build_term, check_term, update_flops
 from w2s.teacher import Teacher
 
@@ -160,8 +161,10 @@ class Classification(Task):
             kd.score = kd.teacher.facts(switch=None, report=math.nan)  # says how many features it gives
         data = {"data": self.data, "train_batches": self.batches}
         term = build_term(self.args, self.run, self.plan, kd, student=student, **data)
-        if term.model is not student:
+        if term.has_branches:
             optimizer, scheduler = self.build_optimizer(term.model)
+        shape, name = self.data_config["input_size"], f"--model {self.args.model}"
+        student_update = student_flops(student, shape, batch=self.plan.batch, name=name)
         return train_cls.build_job(
             self.args,
             self.run,
@@ -170,7 +173,7 @@ class Classification(Task):
             student=student,
             optimizer=optimizer,
             scheduler=scheduler,
-            flops=update_flops(term, student, batch=self.plan.batch),
+            flops=update_flops(term, student, self.plan.batch, student_update),
         )
 
     def train(self, job: Job, stop: int, batches: Iterator) -> None:

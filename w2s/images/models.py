@@ -130,14 +130,14 @@ def classifier_flops(model: nn.Module, image_shape: tuple[int, int, int], *, bat
     return count_flops(step) * batch // 2
 
 
-def check_image_size(model: nn.Module, image_shape: tuple[int, int, int], name: str) -> None:
-    """Refuse a model that cannot take images of this shape (C, H, W); `name` is what the message calls it.
+def student_flops(model: nn.Module, image_shape: tuple[int, int, int], *, batch: int, name: str) -> int:
+    """FLOPs of an update of `batch` images of shape (C, H, W); `name` is what a message calls the model.
 
     Raises:
         InputError: the images are too small for its strides, or not of the size it was built for.
     """
     try:
-        classifier_flops(model, image_shape, batch=2, train=True)
+        return classifier_flops(model, image_shape, batch=batch, train=True)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise InputError(f"{name} cannot be trained on images of {image_shape[-1]} px: {first_line(error)}") from None
 

@@ -226,18 +226,18 @@ def _describe(args, params: int) -> str:
     return f"distillation term: {' and '.join(parts)}{beside}"
 
 
-def update_flops(term: Term, student: nn.Module, batch: int) -> dict[str, int]:
+def update_flops(term: Term, student: nn.Module, batch: int, student_update: int) -> dict[str, int]:
     """FLOPs of one update of the student, of the teacher's forward in it, and of the branches where there are any.
 
     Args:
         term: of the run.
         student: with the images of the run in its pretrained_cfg.
         batch: images of an update, over all processes.
+        student_update: from `student_flops`.
     """
-    shape, kd = student.pretrained_cfg["input_size"], term.kd
-    flops = {"student_update": classifier_flops(student, shape, batch=batch, train=True), "teacher_forward": 0}
-    if kd.needs_forward:
-        flops["teacher_forward"] = forward_flops(kd.teacher, student, batch=batch)
+    flops = {"student_update": student_update, "teacher_forward": 0}
+    if term.kd.needs_forward:
+        flops["teacher_forward"] = forward_flops(term.kd.teacher, student, batch=batch)
     return flops | ({"branches": term.flops} if term.flops else {})
 
 

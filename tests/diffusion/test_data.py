@@ -1,6 +1,7 @@
 """The images that diffusion trains on and is compared with."""
 
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +153,18 @@ def test_the_key_of_a_folder_tells_its_files_apart(extra, replaced, tmp_path):
     Image.fromarray(np.full((8, 8), 90, np.uint8)).save(tmp_path / replaced / "03.png")
     keys.append(load(options, extra)[0].report.key)
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_key_of_a_tar_tells_it_apart(tmp_path):
+    options = unlabelled(tmp_path, "folder").replace(str(tmp_path), f"{tmp_path}/set.tar") + " --img-size 8 --in-chans 1"
+    keys = []
+    for last in ("11.png", "10.png"):  # the pixels of one image are others; its name, place and size are not
+        with tarfile.open(tmp_path / "set.tar", "w") as tar:
+            for image in sorted((tmp_path / "train").iterdir())[:11]:
+                tar.add(image, arcname=f"things/{image.name}")
+            tar.add(tmp_path / "train" / last, arcname="things/last.png")
+        keys += [load(options)[0].report.key for _ in range(2)]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
 def test_a_file_that_is_gone_is_named(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -255,7 +256,7 @@ def _reference_key(args, dataset: Dataset, *, split: str, rows: np.ndarray) -> d
 
 
 def _files_digest(dataset: Dataset, rows: np.ndarray) -> str | None:
-    """Tells these files of a folder apart from others that have taken their place; None where they are no files.
+    """Tells these files, or their tar, apart from others in their place; None where they are neither.
 
     Hugging Face's datasets have a fingerprint, see `identity`.
 
@@ -263,11 +264,11 @@ def _files_digest(dataset: Dataset, rows: np.ndarray) -> str | None:
         InputError: a file is gone.
     """
     reader = dataset.images if isinstance(dataset, Unlabelled) else getattr(dataset, "reader", None)
-    if not isinstance(reader, ReaderImageFolder):
+    if not isinstance(reader, ReaderImageFolder | ReaderImageInTar):
         return None
+    paths = [reader.root] if isinstance(reader, ReaderImageInTar) else [reader.samples[row][0] for row in rows]
     sha = hashlib.sha256()
-    for row in rows:
-        path = Path(reader.samples[row][0])
+    for path in map(Path, paths):
         try:
             status = path.stat()
         except OSError as error:
@@ -294,6 +295,6 @@ def save_grid(images: Tensor, path: Path, count: int = 64) -> None:
     An older file stays as it was if that fails.
     """
     scale = max(1, 48 // images.shape[-1])
-    grid = make_grid(images[:count], nrow=8, padding=2).permute(1, 2, 0).numpy()
+    grid = make_grid(images[:count], nrow=8, padding=2).permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
     with replacing(path, "wb") as file:
-        Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1)).save(file, format="PNG")
+        Image.fromarray(grid).save(file, format="PNG")

@@ -259,7 +259,7 @@ def test_baseline_exports_give_the_reported_top1_through_timm_alone(baseline):
 
 # ---- with a teacher ----
 
-PHASE = "--kd-weight 2 --kd-warmup 0.5 --kd-hold 0.5 --kd-decay 0.5 --kd-temperature 4 2"
+PHASE = "--kd-weight 2 --kd-warmup 0.5 --kd-hold 0.5 --kd-decay 0.5 --kd-temperature 4 2 --no-kd-fade"
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +288,16 @@ def test_lambda_and_temperature_follow_the_schedule(treated):
             assert float(row["switch_top1"]) % 5 == pytest.approx(0)  # 20 images
         if u > 1.5:
             assert row["kd_active"] == "0" and row["switch_top1"] == ""
+
+
+def test_lambda_fades_with_the_lead_unless_told_not_to(tmp_path, tiny_teacher):
+    options = "--kd-weight 2 --kd-warmup 0 --kd-hold 2 --kd-decay 0 --evals-per-epoch 4 --teacher-score 100 --teacher"
+    rows = read_rows(run(tmp_path, "faded", options, tiny_teacher))[:-1]  # the window ends with the last row
+    leads, left = [100 - float(row["switch_top1"]) for row in rows], []
+    for k, row in enumerate(rows):
+        left.append(np.mean(leads[max(k - 1, 0) : k + 1]) / leads[0])
+        assert float(row["kd_weight"]) == pytest.approx(2 * min(left))
+    assert min(left) < 1
 
 
 def test_losses_add_up_with_the_weight_of_their_update(treated):

@@ -46,7 +46,7 @@ SMALL = (
 )
 UNET = "--model nc8-rb1 --model-kwargs channel_mult=(1,2) attention=(4,)"
 VIT = "--model vit_tiny_patch16_224 --model-kwargs patch_size=4 embed_dim=16 depth=1 num_heads=2"
-PHASE = "--kd-weight 2 --kd-warmup 2 --kd-hold 2 --kd-decay 2"
+PHASE = "--kd-weight 2 --kd-warmup 2 --kd-hold 2 --kd-decay 2 --no-kd-fade"
 LABEL = "fd12_digits-resnet10t"
 # Computed by other kernels or in another order, predictions differ in their last bits, and so a few of the 768 pixels
 # of 12 samples are rounded to the uint8 value beside theirs: that moves a distance by some 1e-4 of itself, never 1 %.

@@ -245,14 +245,13 @@ class Distillation:
             return f"distillation: over ({self.phase.reason}); the teacher is not loaded"
         phase = self.phase
         balance = " in gradients" if self.gradients else ""
-        fade = ""
-        if phase.fade:
-            fade = ", fading with its lead" if phase.off == "surpass" else ", not fading, as it is not compared"
+        fade = ", fading with its lead" if phase.fade and phase.off == "surpass" else ""
         if phase.off == "surpass":
             rival = "the teacher in training" if self.running else f"{self.score['switch']:.4g}"
             rule = "running" if self.running else "surpass"
             wins = "1 evaluation" if phase.patience == 1 else f"{phase.patience} evaluations in a row"
-            end = f"off ({rule}): {wins} better than {rival}"
+            faded = ", or no longer behind it on average" if phase.fade and phase.patience > 1 else ""
+            end = f"off ({rule}): {wins} better than {rival}{faded}"
         else:
             end = "never off" if phase.off == "never" else f"off at {self.unit} {phase.off:g}, whoever is better"
         line = (

@@ -156,8 +156,8 @@ def test_the_key_of_a_folder_tells_its_files_apart(extra, replaced, tmp_path):
 
 
 def test_the_key_of_a_tar_tells_it_apart(tmp_path):
-    options = unlabelled(tmp_path, "folder").replace(str(tmp_path), f"{tmp_path}/set.tar") + " --img-size 8 --in-chans 1"
-    keys = []
+    unlabelled(tmp_path, "folder")
+    options, keys = f"--data-dir {tmp_path}/set.tar --img-size 8 --in-chans 1", []
     for last in ("11.png", "10.png"):  # the pixels of one image are others; its name, place and size are not
         with tarfile.open(tmp_path / "set.tar", "w") as tar:
             for image in sorted((tmp_path / "train").iterdir())[:11]:

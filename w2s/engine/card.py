@@ -12,7 +12,7 @@ AXIS_TITLES = ("epoch", "update", "samples", "train seconds", "total seconds", "
 # options of the method beside its weight and temperature, and what they are where nobody has asked for them
 METHOD_DEFAULTS = {
     "kd_off": "surpass",
-    "kd_fade": False,
+    "kd_fade": True,
     "kd_balance": False,
     "kd_term": None,
     "kd_term_weight": 1.0,
@@ -211,8 +211,11 @@ def _silence(off: dict | None, options: dict) -> str:
 
 
 def _option(name: str, value: object) -> str:
-    """An option as it is given on the command line; one that is True is a switch."""
-    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+    """An option as it is given on the command line; one that is True or False is a switch."""
+    word = name.replace("_", "-")
+    if value is False:
+        return f"--no-{word}"
+    return f"--{word}" if value is True else f"--{word} {value}"
 
 
 def _cost(run: FinishedRun) -> str:

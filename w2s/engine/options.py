@@ -203,7 +203,7 @@ def add_kd_options(
         metavar="WHEN",
         help=f"surpass, running (no split needed), never (of several teachers: the last one), or a number of {unit}",
     )
-    add_switch(group, "--kd-fade", "let lambda follow what is left of the teacher's lead (default: off)")
+    add_switch(group, "--kd-fade", "let lambda follow what is left of the teacher's lead (default: on)", default=True)
     add_switch(
         group, "--kd-balance", "lambda is the ratio of both gradients, whose size stays the task's (default: off)"
     )

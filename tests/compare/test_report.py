@@ -185,3 +185,8 @@ def test_the_report_names_hardware_that_differs_and_a_teacher_that_stays(tmp_pat
     report = report_of(tmp_path)
     assert "- Hardware and software, not the same for all runs: device H200; hardware not recorded\n" in report
     assert "never switched off" in report
+
+
+def test_a_run_alone_has_no_options_of_a_teacher(out):
+    """Though its args.yaml has their defaults."""
+    assert re.search(r"^\| kd_weight +\| none +\| 3.0 +\|$", (out / "report.md").read_text(), re.M)

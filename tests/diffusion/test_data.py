@@ -171,7 +171,7 @@ def test_a_file_that_is_gone_is_named(tmp_path):
     """Also where the images that are read before the run are others."""
     options = unlabelled(tmp_path, "folder") + " --img-size 8 --in-chans 1 --cache none --check-images 1"
     (tmp_path / "train" / "99.png").symlink_to("nowhere.png")
-    with refused("cannot read image", "99.png: No such file or directory"):
+    with refused("cannot read", "99.png: No such file or directory"):
         load(options)
 
 

@@ -90,7 +90,7 @@ def hub(monkeypatch):
 def taught(tiny_teacher, tmp_path_factory) -> Path:
     """A finished run with a teacher; it reaches one of its targets."""
     output = tmp_path_factory.mktemp("taught")
-    phase = "--kd-warmup 0 --kd-off 0.5 --kd-balance"
+    phase = "--kd-warmup 0 --kd-off 0.5 --no-kd-fade --kd-balance"
     options = ("--epochs 1 --target 1 99.5 --small-stem --name taught --output", output)
     call_script(train_cls.main, DIGITS, RESNET, phase, "--teacher", tiny_teacher, *options)
     return output / "taught"
@@ -113,7 +113,7 @@ def test_a_finished_run_becomes_a_folder_that_others_load(taught):
     assert ["99.5", *["not reached"] * 6] in rows
     assert ["model", "resnet10t"] in rows and ["torch", torch.__version__] in rows
     assert ["silent from", "epoch 0.5, update 2: as --kd-off said"] in rows
-    assert ["other options", "`--kd-off 0.5 --kd-balance`"] in rows
+    assert ["other options", "`--kd-off 0.5 --no-kd-fade --kd-balance`"] in rows
     assert {row[0] for row in rows} >= {"train seconds", "of these in the teacher", "PFLOPs"}
     for line in ("import w2s.images.models", "train_cls.py -c args.yaml", "Data: digits (", "resnet10t"):
         assert line in card.text

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from w2s.compare.bill import cost_facts
-from w2s.compare.comparable import common_settings
+from w2s.compare.comparable import TEACHER_PREFIXES, common_settings
 from w2s.compare.runs import RunFolder
 from w2s.compare.strength import STRENGTH_AXES
 from w2s.compare.text import (
@@ -237,7 +237,7 @@ def _settings_parts(arms: dict[str, list[RunFolder]], command: str) -> list[Part
     commands = [
         f"{arm}: python {script} -c {run.path}/args.yaml --name NEW" for arm, group in arms.items() for run in group
     ]
-    options = {arm: group[0].options for arm, group in arms.items()}
+    options = {arm: _options_with_effect(group[0]) for arm, group in arms.items()}
     common = common_settings(runs[0])
     rows, same = [], []
     for name in sorted({name for run in runs for name in run.options} - PER_RUN_OPTIONS):
@@ -254,6 +254,13 @@ def _settings_parts(arms: dict[str, list[RunFolder]], command: str) -> list[Part
         differing,
         f"The same in all arms: {', '.join(same)}.",
     ]
+
+
+def _options_with_effect(run: RunFolder) -> dict:
+    """The options of a run, without those of a teacher that it does not have."""
+    if run.summary["teacher"]:
+        return run.options
+    return {name: value for name, value in run.options.items() if not name.startswith(TEACHER_PREFIXES)}
 
 
 def _option_text(value: object) -> str:

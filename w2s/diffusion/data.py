@@ -256,7 +256,7 @@ def _reference_key(args, dataset: Dataset, *, split: str, rows: np.ndarray) -> d
 
 
 def _files_digest(dataset: Dataset, rows: np.ndarray) -> str | None:
-    """Tells these files, or their tar, apart from others in their place; None where they are neither.
+    """Tells these files, or their tar, apart from others in their place; None for other readers.
 
     Hugging Face's datasets have a fingerprint, see `identity`.
 
@@ -272,7 +272,7 @@ def _files_digest(dataset: Dataset, rows: np.ndarray) -> str | None:
         try:
             status = path.stat()
         except OSError as error:
-            raise InputError(f"cannot read image {path}: {error.strerror}") from None
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
         sha.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return sha.hexdigest()
 

@@ -90,6 +90,8 @@ def test_vit_is_a_timm_backbone_with_its_own_options():
         ("nc16-rb1", 30, {}, "divisible by 4"),
         ("nc16-rb1", 8, {"channels": 3}, "channels"),
         ("nc16-rb1", 8, {"channel_mult": (0, 1)}, r"channel_mult=\(0, 1\) must be integers from 1 up"),
+        ("nc16-rb1", 8, {"channel_mult": 4}, r"channel_mult=4 must be a list, as in 'channel_mult=\[4\]'"),
+        ("nc16-rb1", 8, {"attention": 8}, r"attention=8 must be a list, as in 'attention=\[8\]'"),
         ("nc16-rb1", 8, {"channel_mult": (1, 1.5)}, "must be integers from 1 up"),
         ("nc16-rb1", 8, {"channel_mult": ()}, r"channel_mult=\(\) must be integers from 1 up"),
         ("resnet18", 32, {}, "no timm VisionTransformer"),

@@ -87,6 +87,9 @@ def unet(
         raise InputError(f"U-Net '{name}': the base channels must be a multiple of 4")
     if channel_mult is None:
         channel_mult = (1, 2, 2, 2)[: max(int(math.log2(max(image_size, 1))) - 1, 1)]
+    for option, value in (("channel_mult", channel_mult), ("attention", attention)):
+        if not isinstance(value, list | tuple):
+            raise InputError(f"U-Net '{name}': {option}={value} must be a list, as in '{option}=[{value}]'")
     if not channel_mult or not all(isinstance(factor, int) and factor >= 1 for factor in channel_mult):
         raise InputError(f"U-Net '{name}': channel_mult={channel_mult} must be integers from 1 up, one per level")
     halvings = 2 ** (len(channel_mult) - 1)

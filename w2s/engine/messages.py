@@ -50,7 +50,7 @@ def first_lines(
     lines = [
         f"{run.name}: {model} ({params / 1e6:.2f} M parameters) on {where} in {PRECISIONS.get(precision, precision)}; "
         f"{optimizer}; {plan.total} updates of {plan.batch} images, {plan.updates_per_epoch} an epoch",
-        f"data: {', '.join(parts)}; the {'moving average of the' if averaged else 'raw'} weights are evaluated",
+        f"data: {', '.join(parts)}; {'an average of the weights is' if averaged else 'the raw weights are'} evaluated",
         f"{crossings}; PFLOPs an update: student {flops['student_update'] / 1e15:.3g}{teacher}",
     ]
     return [*lines, *filter(None, [distillation.describe()])]

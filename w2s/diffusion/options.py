@@ -1,5 +1,7 @@
 """The options of diffusion: data, denoiser and training. Those of the process and of the judge stand beside these."""
 
+import torch
+
 from w2s.diffusion.process import add_process_options
 from w2s.engine.options import add_batch_options, add_data_options, add_weights_options
 from w2s.engine.parsing import KeyValues, Parser, add_switch, not_empty, positive_int, probability
@@ -30,7 +32,8 @@ def add_denoiser_options(parser: Parser) -> None:
     )
     add_switch(group, "--class-cond", "condition on the class; otherwise no labels are needed")
     add_process_options(group)
-    add_weights_options(group, sync_bn=False, ema=True, ema_decay=0.999)
+    # on a CPU, NHWC makes an update of a U-Net up to 1.8 times as long (recipes/results/speed)
+    add_weights_options(group, sync_bn=False, ema=True, ema_decay=0.999, channels_last=torch.cuda.is_available())
 
 
 def add_diffusion_training_options(parser: Parser) -> None:

@@ -103,6 +103,7 @@ def add_weights_options(
     sync_bn: bool = True,
     ema: bool = False,
     ema_decay: float = 0.9998,
+    channels_last: bool = True,
 ) -> None:
     """How the student's weights are averaged, laid out in memory and compiled.
 
@@ -111,6 +112,7 @@ def add_weights_options(
         sync_bn: whether the task's models have BatchNorm.
         ema: whether the moving average and its warm-up are on by default.
         ema_decay: the default decay.
+        channels_last: whether NHWC is the default.
     """
     add_switch(group, "--model-ema", "evaluate, compare and export the moving average of the weights", default=ema)
     group.add_argument("--model-ema-decay", type=share, default=ema_decay, metavar="D", help="of the moving average")
@@ -120,7 +122,7 @@ def add_weights_options(
         "a decay of at most 1 - n^(-2/3) after n updates: 0.99 from 1,000 updates on, 0.999 from 31,600",
         default=ema,
     )
-    add_switch(group, "--channels-last", "NHWC memory format", default=True)
+    add_switch(group, "--channels-last", "NHWC memory format", default=channels_last)
     if sync_bn:
         add_switch(group, "--sync-bn", "BatchNorm over all GPUs")
     group.add_argument(

@@ -32,7 +32,7 @@ def add_denoiser_options(parser: Parser) -> None:
     )
     add_switch(group, "--class-cond", "condition on the class; otherwise no labels are needed")
     add_process_options(group)
-    # on a CPU, NHWC makes an update of a U-Net up to 1.8 times as long (recipes/results/speed)
+    # on a CPU, NHWC makes an update of a U-Net up to 2.8 times as long (recipes/results/speed)
     add_weights_options(group, sync_bn=False, ema=True, ema_decay=0.999, channels_last=torch.cuda.is_available())
 
 

@@ -529,7 +529,7 @@ def test_only_what_is_compared_with_is_measured(tiny_teacher, tmp_path):
         ("--model nc8", "ncN-rbM"),
         ("--model-kwargs widths=3", "widths"),
         ("--model-kwargs channel_mult=5", "channel_mult=5 must be a list"),
-        ("--model-kwargs attention=8", "attention=8 must be a list, as in 'attention=[8]'"),
+        ("--model-kwargs attention=8", r"attention=8 must be a list, as in 'attention=\[8\]'"),
         ("--betas quadratic", "--betas"),
         ("--diffusion-steps 10", "too few"),
         ("--sample-steps 2000", "exceeds --diffusion-steps"),

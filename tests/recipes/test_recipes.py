@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 
 import datasets
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from helpers import ROOT, call_script, words
+from helpers import ON_CPU, ROOT, TIMEOUT, call_script, read_summary, words
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -570,3 +572,24 @@ def test_teacher_strength_gives_each_arm_a_teacher_of_its_own(tmp_path):
     assert len(runs) == 2 + 3 * 2
     assert calls[-1].startswith(f"-m w2s.compare --arm baseline={tmp_path}/out/digits_baseline-seed4 ")
     assert "--arm 12epochs-1000=" in calls[-1] and " --strength " in calls[-1]
+
+
+def test_the_quickstart_notebook_runs(tmp_path, monkeypatch):
+    notebook = nbformat.read(ROOT / "recipes" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    setup = notebook.cells[1]
+    for line, shorter in (("EPOCHS = 10", "EPOCHS = 2"), ('OUTPUT = "output/notebook"', f'OUTPUT = "{tmp_path}"')):
+        assert setup.source.count(line) == 1
+        setup.source = setup.source.replace(line, shorter)
+    for name, value in ON_CPU.items():
+        monkeypatch.setenv(name, value)
+    resources = {"metadata": {"path": str(ROOT / "recipes")}}
+    nbclient.NotebookClient(notebook, timeout=2 * TIMEOUT, kernel_name="python3", resources=resources).execute()
+
+    assert [read_summary(tmp_path / name)["status"] for name in ("teacher", "alone", "taught")] == ["finished"] * 3
+    taught = read_summary(tmp_path / "taught")
+    assert taught["teacher"]["checkpoint"] == str(tmp_path / "teacher" / "model")
+    printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
+    assert "distillation: lambda 3" in printed and "error: " not in printed
+    (picture,) = [out for out in notebook.cells[-2].outputs if "image/png" in out.get("data", {})]
+    assert len(picture["data"]["image/png"]) > 10_000

@@ -380,9 +380,29 @@ def test_fade_multiplies_the_window():
 def test_fade_that_reaches_zero_is_the_switch_off():
     phase = fading()
     phase.observe(60.0, 70.0, 1.0)
-    assert phase.observe(75.0, 70.0, 2.0)  # 2.5 on average
-    assert not phase.observe(66.0, 70.0, 3.0)  # 5 behind, then 4 ahead: -0.5 on average
+    assert phase.observe(66.0, 70.0, 2.0)  # 7 on average
+    assert not phase.observe(75.0, 70.0, 3.0)  # 4 behind, then 5 ahead
     assert phase.kd_off == {"at": 3.0, "reason": "surpass"}
+
+
+def test_fade_reaches_zero_at_no_evaluation_that_the_student_has_lost():
+    phase = fading()
+    phase.observe(60.0, 70.0)
+    phase.observe(75.0, 70.0)  # 2.5 on average
+    assert phase.observe(66.0, 70.0)  # -0.5 on average, but the teacher is ahead by 4
+    assert phase.weight(1.0) == 1.0  # as before, for lambda never rises
+    assert phase.observe(69.0, 70.0)
+    assert phase.weight(1.0) == 1.0
+    assert not phase.observe(71.0, 70.0)
+
+
+def test_a_student_that_is_level_on_average_is_level_whatever_the_rounding():
+    phase = fading()
+    for student in (50.0, 59.9):
+        phase.observe(student, 60.1)
+    leads = [60.1 - 59.9, 60.1 - 60.3]
+    assert sum(leads) > 0  # by rounding
+    assert not phase.observe(60.3, 60.1)
 
 
 def test_student_that_starts_ahead_fades_nothing_and_is_passed_by_patience():

@@ -250,7 +250,8 @@ class Distillation:
             rival = "the teacher in training" if self.running else f"{self.score['switch']:.4g}"
             rule = "running" if self.running else "surpass"
             wins = "1 evaluation" if phase.patience == 1 else f"{phase.patience} evaluations in a row"
-            faded = f", or level with it on average over {phase.patience}" if phase.fade and phase.patience > 1 else ""
+            averaged = phase.fade and phase.patience > 1
+            faded = f", or level with it, also on average over {phase.patience}" if averaged else ""
             end = f"off ({rule}): {wins} better than {rival}{faded}"
         else:
             end = "never off" if phase.off == "never" else f"off at {self.unit} {phase.off:g}, whoever is better"

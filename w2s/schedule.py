@@ -2,6 +2,8 @@
 
 import math
 
+LEVEL = 1e-9  # of the first lead: what is left of less is the rounding of a mean that is level
+
 
 class EarlyPhase:
     """Weight lambda(u) and temperature T(u) of the distillation term, and its permanent switch-off.
@@ -16,7 +18,8 @@ class EarlyPhase:
 
     With `fade`, lambda is also multiplied by what is left of the teacher's lead: its mean over the last `patience`
     evaluations, as a share of the first lead that was seen. This factor never rises again, and the teacher is switched
-    off where it reaches 0.
+    off where it reaches 0, which is never at an evaluation that the student has lost: as long as the teacher is ahead
+    at the last one, its lead there counts where the mean is gone.
 
     Args:
         weight: the plateau of lambda, >= 0.
@@ -139,7 +142,9 @@ class EarlyPhase:
         if self.first_lead is not None:
             self.leads = [*self.leads, lead][-self.patience :]
             left = sum(self.leads) / len(self.leads) / self.first_lead
-            self.lead_left = min(self.lead_left, max(left, 0.0))
+            if left < LEVEL:
+                left = lead / self.first_lead
+            self.lead_left = min(self.lead_left, left if left >= LEVEL else 0.0)
 
     def switch_off(self, u: float | None, reason: str) -> None:
         """End the phase at u for good; a phase that has ended keeps its place and reason."""

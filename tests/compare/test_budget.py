@@ -35,6 +35,13 @@ def test_a_curve_that_falls_counts_as_flat():
     assert speedup([40, 50, 60], [60, 55, 70], index=2)["geometric_mean"] == 4.0
 
 
+def test_a_longer_run_that_was_cheaper_bounds_the_cost():
+    after = curve([50, 60, 70], [9, 6, 12])
+    assert iso_quality(curve([40, 55, 65]), after, 1, "epoch", "max")["geometric_mean"] == pytest.approx(4 / 6)
+    assert iso_quality(curve([40, 55, 65]), after, 2, "epoch", "max")["geometric_mean"] == pytest.approx(8 / 72**0.5)
+    assert iso_quality(curve([40, 55, 65]), after, 0, "epoch", "max")["at_least"] == pytest.approx(2 / 6)
+
+
 def test_a_lower_metric_may_be_the_better_one():
     assert speedup([90, 60, 40], [60, 40, 30], index=2, mode="min")["geometric_mean"] == 2.0
 
@@ -137,6 +144,17 @@ def test_what_cannot_be_compared_is_refused(taught, options, message, tmp_path, 
     assert compare(tmp_path) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_arm_has_one_teacher_and_one_lambda_at_all_lengths(tmp_path, capsys):
+    write_arm(tmp_path / "alone", {2: [40], 4: [50]})
+    write_arm(tmp_path / "taught", {2: [50], 4: [60]}, teacher=TEACHER)
+    options = tmp_path / "taught" / "4-seed0" / "args.yaml"
+    options.write_text(options.read_text() + "kd_hold: 3.0\n")  # the window goes with the length
+    assert compare(tmp_path) == 0
+    options.write_text(options.read_text().replace("kd_weight: 3.0", "kd_weight: 10.0"))
+    assert compare(tmp_path) == 2
+    assert "the runs of arm taught differ in kd_weight: 3.0 in " in capsys.readouterr().err
 
 
 def test_a_comparison_at_one_length_points_to_budgets(tmp_path, capsys):

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from w2s.compare.comparable import check_comparable, common_settings, differing_settings
+from w2s.compare.comparable import check_comparable, check_teaching, common_settings, differing_settings
 from w2s.compare.runs import RunFolder, read_teacher_runs, total_cost
 from w2s.compare.speedup import final_and_best_of, gain_of_pairs, mean_ratio
 from w2s.compare.stats import ratio_of_pairs
@@ -17,6 +17,7 @@ from w2s.compare.stats import ratio_of_pairs
 # what may differ between budgets, as it goes with the length of the schedule
 LENGTH_OPTIONS = {"epochs", "updates", "warmup_epochs", "warmup_updates", "decay_epochs", "decay_updates"}
 LENGTH_OPTIONS |= {"decay_milestones", "evals_per_epoch", "eval_interval", "grid", "target"}
+WINDOW_OPTIONS = {"kd_warmup", "kd_hold", "kd_decay"}  # likewise, of the teacher
 TUNED_OPTIONS = ("opt", "lr", "lr_base", "weight_decay")  # what an arm may choose for itself at each budget
 BUDGET_AXES = ("epoch", "train_seconds", "pflops", "train_seconds_paid", "pflops_paid")  # paid: the teacher's training
 
@@ -45,6 +46,8 @@ def compare_budgets(
     lengths = sorted(by_length[reference])
     _check_same_budgets(by_length)
     _check_lengths(arms, allow)
+    for arm, group in arms.items():
+        check_teaching(arm, group, free=WINDOW_OPTIONS)
     known = common_settings(arms[reference][0])
     tuned = tuple(name for name in TUNED_OPTIONS if name in known)
     differences = set()
@@ -84,9 +87,10 @@ def compare_budgets(
 def iso_quality(before: dict, after: dict, index: int, axis: str, mode: str) -> dict:
     """How much less of `axis` an arm needs for the quality that the reference ends with at one of its budgets.
 
-    Each seed gives one curve of quality against the logarithm of the cost, made monotone by its running best and
-    interpolated linearly. Where the quality lies below the arm's first point the speedup is known from below only,
-    where it lies above the last one it is known from above only.
+    Each seed gives one curve of quality against the logarithm of the cost, interpolated linearly. It is made monotone:
+    a quality is the best up to there, and a cost is the least that bought it, at this budget or at a longer one (where
+    seconds are disturbed, a longer run may be the cheaper one). Where the quality lies below the arm's first point the
+    speedup is known from below only, where it lies above the last one it is known from above only.
 
     Args:
         before, after: of the reference and of the arm, `{seed: {"quality": [...], axis: [...]}}` by rising budget.
@@ -119,6 +123,7 @@ def _cost_of(quality: float, qualities: list[float], costs: list[float], mode: s
         return {"cost": None, "at_most": None, "at_least": None}
     sign = 1 if mode == "max" else -1
     rising = np.maximum.accumulate([sign * value for value in qualities])
+    costs = np.minimum.accumulate(costs[::-1])[::-1].tolist()
     goal = sign * quality
     if goal < rising[0]:
         return {"cost": None, "at_most": costs[0], "at_least": None}

@@ -113,20 +113,31 @@ def differing_settings(runs: list[RunFolder]) -> dict[str, str]:
 def _check_arm(arm: str, group: list[RunFolder]) -> None:
     """Check that within an arm the teacher, its schedule and the grid are the same, and that each seed is new."""
     first, seeds = group[0], [run.seed for run in group]
-    expected = _distillation_settings(first)
     for run in group:
         if run.seed is None or seeds.count(run.seed) > 1:
             problem = "no seed" if run.seed is None else f"seed {run.seed} twice"
             lengths = {other.options.get("epochs", other.options.get("updates")) for other in group}
             hint = "; runs of several lengths are compared with --budget" if len(lengths) > 1 else ""
             raise ValueError(f"arm {arm} has {problem} ({run.path}), so that its runs cannot be paired{hint}")
-        settings = _distillation_settings(run)
-        for name in expected | settings:
-            if expected.get(name) != settings.get(name):
-                values = f"{expected.get(name)!r} in {first.path}, {settings.get(name)!r} in {run.path}"
-                raise ValueError(f"the runs of arm {arm} differ in {name}: {values}")
         if _evaluation_grid(first) != _evaluation_grid(run):
             raise ValueError(f"the runs differ in the epochs of their evaluations: {first.path}, {run.path}")
+    check_teaching(arm, group)
+
+
+def check_teaching(arm: str, group: list[RunFolder], free: frozenset[str] | set[str] = frozenset()) -> None:
+    """Check that the runs of an arm have the same teacher and the same options of distillation, apart from `free`.
+
+    Raises:
+        ValueError: two runs differ; its one line names what and which.
+    """
+    first = group[0]
+    expected = _distillation_settings(first)
+    for run in group:
+        settings = _distillation_settings(run)
+        for name in expected | settings:
+            if name not in free and expected.get(name) != settings.get(name):
+                values = f"{expected.get(name)!r} in {first.path}, {settings.get(name)!r} in {run.path}"
+                raise ValueError(f"the runs of arm {arm} differ in {name}: {values}")
 
 
 def _missing_seed(arms: dict[str, list[RunFolder]]) -> str:

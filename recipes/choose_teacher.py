@@ -79,7 +79,10 @@ class Choice(Classification):
         """top1 of a student on the switch split after so many updates."""
         job = self.job(taught=taught)
         self.train(job, stop=updates, batches=self.batches())
-        return self.top1(job.student.eval())
+        top1 = self.top1(job.student.eval())
+        del job
+        self.run.accelerator.free_memory()  # the accelerator holds on to what it has prepared
+        return top1
 
 
 # ---- what is measured of a candidate ----
@@ -179,6 +182,8 @@ def costs(choice: Choice, bench: Bench) -> tuple[float, float]:
     timers = {"plain": bench.job_timer(plain, source), "teacher": bench.job_timer(taught, source)}
     seconds = bench.take_turns(timers, rounds=ROUNDS, count=ROUND_UPDATES)
     bound = 1 + taught.flops["teacher_forward"] / taught.flops["student_update"]
+    del plain, taught, timers
+    choice.run.accelerator.free_memory()
     return bound, median_ratio(seconds["plain"], seconds["teacher"])
 
 
@@ -265,13 +270,13 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object
     parser = train_cls.build_parser()
     parser.description = __doc__
     group = parser.add_argument_group("choice")
-    group.add_argument("--probe-updates", type=positive_int, default=300, metavar="N", help="of each probe (300)")
+    group.add_argument("--probe-updates", type=positive_int, metavar="N", help="of each probe (300, or the whole run)")
     group.add_argument("--measured", type=float, nargs="+", metavar="X", help="known speedups, for rank correlations")
     group.add_argument("--json", metavar="FILE", help="write all figures there")
     parsed = {spec: parser.parse_recipe([*rest, "--teacher", spec]) for spec in candidates.teacher}
     if len(parsed) < 2:
         parser.parse_recipe(rest)  # --help, and what is wrong with other options
-        raise InputError(f"{len(parsed)} candidates: give --teacher at least two")
+        raise InputError(f"{'only one candidate' if parsed else 'no candidates'}: give at least two with --teacher")
     args = next(iter(parsed.values()))
     if args.measured and len(args.measured) != len(parsed):
         raise InputError(f"--measured gives {len(args.measured)} speedups for {len(parsed)} candidates")
@@ -290,17 +295,20 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("the candidates are measured by one process: start this without accelerate launch")
     if choice.data.switch is None:
         raise InputError("--switch-split 0 leaves no images to compare the candidates on; give a share above 0")
+    probe_updates = args.probe_updates or min(300, choice.plan.total)
+    if probe_updates > choice.plan.total:
+        raise InputError(f"--probe-updates {probe_updates}: this recipe trains for {choice.plan.total} updates")
     bench = Bench(choice)
     for teacher in teachers.values():
         args.teacher = teacher
         choice.build_teacher(None)  # whatever is wrong with any of them is said before the first is measured
-    alone = choice.probe(args.probe_updates, taught=False)
+    alone = choice.probe(probe_updates, taught=False)
     candidates = {}
     for name, teacher in teachers.items():
         args.teacher = teacher
-        candidates[name] = measure(choice, bench, args.probe_updates)
+        candidates[name] = measure(choice, bench, probe_updates)
     images = choice.data.sizes["switch"]
-    print(table(candidates, alone, args.probe_updates))
+    print(table(candidates, alone, probe_updates))
     print("recommended:", recommendation := recommend(candidates, alone, images))
     figures = {"candidates": candidates, "alone": alone, "switch_images": images, "recommended": recommendation}
     if args.measured:
@@ -308,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         found = ", ".join(f"{name} {value:.2f}" for name, value in figures["spearman"].items())
         print(f"rank correlation with the measured speedups: {found}")
     if args.json:
-        Path(args.json).write_text(json.dumps(figures | {"probe_updates": args.probe_updates}, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(figures | {"probe_updates": probe_updates}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -169,6 +169,8 @@ def gradients_of(
     """
     alone, taught = [], []
     for images, targets in batches:
+        if choice.mixup:
+            images, targets = choice.mixup(images, targets)
         model = copy.deepcopy(student).train()
         logits = model(images)
         task_loss = choice.criterion(logits.float(), targets)

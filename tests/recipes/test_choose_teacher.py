@@ -85,9 +85,16 @@ def test_the_probe_follows_the_recipes_balance(tmp_path, tiny_teacher):
     assert job.distillation.gradients and not job.distillation.running
 
 
+def test_a_probe_leaves_no_student_behind(tmp_path, tiny_teacher):
+    args, _ = parse_options(words(DIGITS, RESNET, "--name choice --output", tmp_path, "--teacher", tiny_teacher, "./b"))
+    choice = Choice(args)
+    choice.probe(2, taught=True)
+    assert not choice.run.accelerator._models and not choice.run.accelerator._optimizers
+
+
 def test_what_does_not_fit_is_refused(tmp_path, tiny_teacher):
     command = words(DIGITS, RESNET, "--output", tmp_path / "out", "--teacher", tiny_teacher)
-    with pytest.raises(InputError, match="1 candidates: give --teacher at least two"):
+    with pytest.raises(InputError, match="only one candidate: give at least two with --teacher"):
         call_script(main, command)
     with pytest.raises(InputError, match="nowhere"):
         call_script(main, command, "--teacher", tmp_path / "nowhere")
@@ -95,4 +102,6 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_teacher):
         call_script(main, command, "--teacher ./a --measured 1 2 3")
     with pytest.raises(InputError, match="--switch-split 0 leaves no images to compare the candidates on"):
         call_script(main, command, "--teacher ./a --switch-split 0")
+    with pytest.raises(InputError, match="--probe-updates 99: this recipe trains for 8 updates"):
+        call_script(main, command, "--teacher ./a --probe-updates 99")
     assert not (tmp_path / "out").exists()

@@ -70,7 +70,7 @@ def test_layers():
 def pair(tmp_path_factory, tiny_teacher):
     """A student alone and the same one taught, with all their checkpoints."""
     folder = tmp_path_factory.mktemp("pair")
-    command = words(DIGITS, RESNET, "--checkpoint-hist 9 --output", folder, "--name")
+    command = words(DIGITS, RESNET, "--mixup 0.5 --checkpoint-hist 9 --output", folder, "--name")
     call_script(train_cls.main, command, "alone")
     call_script(train_cls.main, command, "taught --kd-term nd --kd-warmup 0 --kd-hold 2 --kd-decay 0",
                 "--kd-off running --switch-split 0 --teacher", tiny_teacher)  # fmt: skip

@@ -43,7 +43,7 @@ LOSSES = ("classification", "bbox_regression")
 FASTER = "--detector fasterrcnn --detector-kwargs box_batch_size_per_image=16 rpn_post_nms_top_n_train=50 --epochs 1"
 WEAK = "--model-kwargs channels=(8,8,8,8) stem_width=8 --fpn-channels 8"
 TAUGHT = "--kd-weight 1 --kd-warmup 0.5 --kd-hold 0.5 --kd-decay 0.5 --kd-temperature 2 1 --kd-patience 9"
-FASTER_TAUGHT = f"{TAUGHT} --kd-off running --kd-warmup 0 --kd-hold 1 --kd-decay 0 --name taught --teacher"
+FASTER_TAUGHT = f"{TAUGHT} --kd-balance --kd-off running --kd-warmup 0 --kd-hold 1 --kd-decay 0 --name taught --teacher"
 
 
 @contextlib.contextmanager
@@ -448,7 +448,7 @@ def test_a_non_finite_loss_ends_the_run(digits_det, tmp_path):
         ("--data {data} --teacher {teacher} --strides 4 8", r"does not line up: its strides: \[8, 16\]"),
         ("--data {data} --teacher {teacher} --anchor-scale 4", "does not line up: its anchor sides"),
         ("--data {data} --teacher {teacher} --detector fasterrcnn", "does not line up: its detector"),
-        ("--data {data} --teacher {teacher} --switch-split 0", "--switch-split 0 leaves nothing to compare on"),
+        ("--data {data} --teacher {teacher} --switch-split 0", "--switch-split 0 leaves no images to score"),
         ("--data {data} --teacher {teacher} --kd-hold 9", "longer than the run of 2"),
         ("--data {data} --teacher-score 3 --teacher {teacher} --resume nowhere", "is no checkpoint"),
         ("--data {data} --eval-only --name none", "holds no exported model"),

@@ -350,7 +350,7 @@ def test_resumed_within_an_epoch_it_ends_in_the_same_bits(run, tmp_path):
 
 
 LONG = (
-    f"{PHASE} --kd-hold 24 --kd-control shuffled --updates 30 --eval-interval 15 --recovery-interval 5 "
+    f"{PHASE} --kd-balance --kd-hold 24 --kd-control shuffled --updates 30 --eval-interval 15 --recovery-interval 5 "
     "--resume auto --teacher"
 )
 

@@ -27,9 +27,9 @@ class GradientBalance:
     high rate it did not, as at T 6 a loud KL bends more than the task's loss (recipes/results/cifar10_budget).
 
     A negative <g_task, g_kd> counts as 0 in s: the gradients then cancel each other, and s would blow up what is left
-    of them. So s lies between 1 / (1 + lambda), for two losses that pull the same way, and 1 / sqrt(1 + lambda^2), and
-    it becomes 1 as lambda becomes 0. A constant 1 / (1 + lambda) would make an update up to 1.4 times too small where
-    both are at right angles.
+    of them. So s is at least 1 / (1 + lambda), for two losses that pull the same way and are equally loud, and at most
+    1, which it becomes as lambda or g_kd becomes 0. A constant 1 / (1 + lambda) would make an update up to 1.4 times
+    too small where both are at right angles.
 
     r is never more than it was at first, and never more than `LOUDEST`. As a student comes to agree with its teacher
     there is less and less of a gradient to be made loud; an r that went on growing would make L a term that bends ever

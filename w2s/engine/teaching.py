@@ -149,7 +149,7 @@ def start_distillation(
     """
     is_running = args.kd_off == "running"
     if phase and switch is None and not is_running:
-        raise InputError("--switch-split 0 leaves nothing to compare on; give a share above 0, or --kd-off running")
+        raise InputError("--switch-split 0 leaves no images to score the teacher on; give more, or --kd-off running")
 
     def fitting(spec: str) -> Teacher:
         teacher = load(spec)

@@ -13,7 +13,7 @@ def add_classification_data_options(parser: Parser) -> None:
     group.add_argument(
         "--val-split",
         metavar="NAME",
-        help="reported on, decides nothing; switch: the switch split (default: validation)",
+        help="reported on; switch: the switch split, to tune on (default: validation, which decides nothing)",
     )
     group.add_argument(
         "--class-map", metavar="FILE", help=".txt: names of the folders to take, in order of their labels"

@@ -10,7 +10,7 @@ export ACCELERATE_MIXED_PRECISION=${ACCELERATE_MIXED_PRECISION:-no}
 output=${OUTPUT:-output}
 train=(python train_diffusion.py --output "$output" --resume auto --fd-features "$output/digits_features-seed0" -c)
 
-echo "The features: a ResNet-10 that tells the digits apart"
+echo "The features: a ResNet-10-T that tells the digits apart"
 python train_cls.py -c recipes/digits_features.yaml --output "$output" --resume auto
 echo "The teacher: a U-Net of 0.18 M parameters"
 "${train[@]}" recipes/digits_diffusion_teacher.yaml

@@ -40,6 +40,7 @@ def test_a_longer_run_that_was_cheaper_bounds_the_cost():
     assert iso_quality(curve([40, 55, 65]), after, 1, "epoch", "max")["geometric_mean"] == pytest.approx(4 / 6)
     assert iso_quality(curve([40, 55, 65]), after, 2, "epoch", "max")["geometric_mean"] == pytest.approx(8 / 72**0.5)
     assert iso_quality(curve([40, 55, 65]), after, 0, "epoch", "max")["at_least"] == pytest.approx(2 / 6)
+    assert iso_quality(after, curve([50, 60, 70]), 0, "epoch", "max")["geometric_mean"] == pytest.approx(6 / 2)
 
 
 def test_a_lower_metric_may_be_the_better_one():

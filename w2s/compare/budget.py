@@ -105,7 +105,8 @@ def iso_quality(before: dict, after: dict, index: int, axis: str, mode: str) -> 
     """
     costs, needed, low, high = [], [], [], []
     for seed, reference in before.items():
-        quality, cost = reference["quality"][index], reference[axis][index]
+        quality = reference["quality"][index]
+        cost = None if None in reference[axis] else min(reference[axis][index:])
         position = _cost_of(quality, after[seed]["quality"], after[seed][axis], mode)
         if cost is None:
             position = dict.fromkeys(position)

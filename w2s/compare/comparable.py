@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 from w2s.compare.runs import RunFolder, teacher_folder
@@ -124,7 +125,7 @@ def _check_arm(arm: str, group: list[RunFolder]) -> None:
     check_teaching(arm, group)
 
 
-def check_teaching(arm: str, group: list[RunFolder], free: frozenset[str] | set[str] = frozenset()) -> None:
+def check_teaching(arm: str, group: list[RunFolder], free: Collection[str] = ()) -> None:
     """Check that the runs of an arm have the same teacher and the same options of distillation, apart from `free`.
 
     Raises:

@@ -444,6 +444,8 @@ def test_a_non_finite_loss_ends_the_run(digits_det, tmp_path):
         ("--data {data} --anchor-scale 0", "--anchor-scale 0: no side in pixels on stride 8"),
         ("--data {data} --detector-kwargs num_classes=7", "'num_classes' follows from the other options"),
         ("--data {data} --scale-jitter 64 32", "takes LOW and HIGH"),
+        ("--data {data} --scale-jitter 1 32", "--scale-jitter 1: give at least 32 pixels"),
+        ("--data {data} --lsj 1", "--lsj 1: images shrink to a tenth of it"),
         ("--data {data} --teacher nowhere", "--teacher nowhere: no such run folder or file"),
         ("--data {data} --teacher {teacher} --strides 4 8", r"does not line up: its strides: \[8, 16\]"),
         ("--data {data} --teacher {teacher} --anchor-scale 4", "does not line up: its anchor sides"),

@@ -128,7 +128,9 @@ class RunningScores:
 
     def add(self, student: Tensor, teacher: Tensor) -> None:
         """Take in the scores of a micro-batch, (n,) or scalars each: 100 where right and 0 where wrong, or losses."""
-        sums = torch.stack([student.float().sum(), teacher.float().sum(), student.new_tensor(student.numel()).float()])
+        total = student.float().sum()
+        # the count is made on the device: there is no copy to wait for
+        sums = torch.stack([total, teacher.float().sum(), torch.full_like(total, student.numel())])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def end_update(self) -> None:

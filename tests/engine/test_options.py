@@ -59,7 +59,7 @@ def test_a_default_on_the_command_line_wins_too(recipe):
         ("kd-off: never", "kd_off", "never"),
         ("kd-off: 4", "kd_off", 4.0),
         ("mean: [-0.5, 1.0e-7, 0]", "mean", [-0.5, 1e-7, 0.0]),
-        ("min-lr: -1.0e-7", "min_lr", -1e-7),
+        ("weight-decay: -1.0e-7", "weight_decay", -1e-7),
         ("torchcompile: inductor", "torchcompile", "inductor"),
         ("name: 2026", "name", "2026"),
         ("output: --odd", "output", "--odd"),
@@ -225,6 +225,10 @@ def test_true_and_false_mean_on_the_command_line_what_they_mean_in_a_recipe(tmp_
         ("--recovery-interval", "-1"),
         ("--seed", "-1"),
         ("--switch-seed", "-1"),
+        ("--min-lr", "-1"),
+        ("--pad-crop", "-1"),
+        ("--ratio", "0", "1"),
+        ("--std", "0"),
     ],
 )
 def test_numbers_below_their_range_are_refused(words):

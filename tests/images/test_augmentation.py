@@ -111,7 +111,7 @@ def test_the_evaluation_transform_has_no_randomness():
     assert torch.equal(transform(image), transform(image))
 
 
-@pytest.mark.parametrize("changes", [{"aa": "nonsense"}, {"train_interpolation": "nonsense"}, {"remode": "nonsense"}])
+@pytest.mark.parametrize("changes", [{"aa": "nonsense"}, {"train_interpolation": "nonsense"}])
 def test_augmentation_that_timm_does_not_know_is_refused(changes):
     with refused("transforms"):
         transform_of(reprob=0.5, **changes)

@@ -86,7 +86,7 @@ def load_teacher_denoiser(
     check_same_images(student, other=model, source=source)
     if _predicts(own) not in KNOWN:
         raise InputError(f"{source} predicts '{_predicts(own)}'; {', '.join(KNOWN)} can be converted")
-    here, there = process.alphas_cumprod.double(), own.alphas_cumprod.double()
+    here, there = (scheduler.alphas_cumprod.cpu().double() for scheduler in (process, own))
     distances, steps = (here[:, None] - there[None, :]).abs().min(1)
     if missing := (distances > TOLERANCE).nonzero().flatten().tolist():
         raise InputError(

@@ -81,7 +81,7 @@ def draw_noise(
     rows = slice(place * len(images), (place + 1) * len(images))
     noise = torch.randn(global_shape, generator=generator, device=images.device)
     t = torch.randint(steps, global_shape[:1], generator=generator, device=images.device)
-    return noise[rows], t[rows]
+    return noise[rows].clone(), t[rows]  # a view would keep the noise of all processes through the backward
 
 
 def as_epsilon(process: DDPMScheduler, prediction: Tensor, *, x_t: Tensor, t: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def as_epsilon(process: DDPMScheduler, prediction: Tensor, *, x_t: Tensor, t: Te
     """
     if process.config.prediction_type == "epsilon":
         return prediction
-    abar = process.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+    abar = _alpha_bar(process, t)
     if process.config.prediction_type == "sample":
         return (x_t - abar.sqrt() * prediction.float()) / (1 - abar).sqrt()
     return abar.sqrt() * prediction.float() + (1 - abar).sqrt() * x_t
@@ -100,8 +100,14 @@ def as_epsilon(process: DDPMScheduler, prediction: Tensor, *, x_t: Tensor, t: Te
 
 def as_velocity(process: DDPMScheduler, epsilon: Tensor, *, x_t: Tensor, t: Tensor) -> Tensor:
     """The v (B, C, H, W) that follows from epsilon: what `as_epsilon` does to v, the other way round."""
-    abar = process.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+    abar = _alpha_bar(process, t)
     return (epsilon.float() - (1 - abar).sqrt() * x_t) / abar.sqrt()
+
+
+def _alpha_bar(process: DDPMScheduler, t: Tensor) -> Tensor:
+    """abar (B, 1, 1, 1) at the steps t (B,)."""
+    process.alphas_cumprod = process.alphas_cumprod.to(t.device)  # stays there, as in `add_noise`: one copy, one wait
+    return process.alphas_cumprod[t].view(-1, 1, 1, 1)
 
 
 def denoising_loss(

@@ -45,8 +45,8 @@ def last_line(error: BaseException, limit: int = 300) -> str:
 
 
 def on_one_line(error: BaseException, limit: int | None = None) -> str:
-    """A library's whole message with its line breaks taken out, cut to `limit` characters."""
-    return " ".join(str(error).split())[:limit]
+    """A library's whole message with its line breaks taken out, cut to `limit` characters; without one, its type."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:limit]
 
 
 def _lines(error: BaseException) -> list[str]:

@@ -1,7 +1,18 @@
 """The options of classification, group by group: data, model, loss and augmentation, under timm's names."""
 
 from w2s.engine.options import add_data_options, add_training_options, add_weights_options
-from w2s.engine.parsing import KeyValues, Parser, add_switch, not_empty, not_negative, positive_int, probability, share
+from w2s.engine.parsing import (
+    KeyValues,
+    Parser,
+    add_switch,
+    natural_int,
+    not_empty,
+    not_negative,
+    positive,
+    positive_int,
+    probability,
+    share,
+)
 from w2s.images.terms import TERMS
 
 
@@ -68,12 +79,12 @@ def add_augmentation_options(parser: Parser) -> None:
     """Crops, flips, colours, erasing and mixing of images."""
     group = parser.add_argument_group("augmentation (timm)")
     add_switch(group, "--no-aug", "no augmentation at all")
-    group.add_argument("--pad-crop", type=int, metavar="N", help="for small images: pad by N, crop, flip")
+    group.add_argument("--pad-crop", type=natural_int, metavar="N", help="for small images: pad by N, crop, flip")
     group.add_argument(
         "--scale", type=float, nargs=2, default=[0.08, 1.0], metavar="X", help="area of a random crop: LOW HIGH"
     )
     group.add_argument(
-        "--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="its aspect (default: 3/4 to 4/3)"
+        "--ratio", type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="its aspect (default: 3/4 to 4/3)"
     )
     group.add_argument(
         "--hflip", type=probability, metavar="P", help="of a horizontal flip (default: 0.5; 0 for digits)"
@@ -82,7 +93,9 @@ def add_augmentation_options(parser: Parser) -> None:
     group.add_argument("--color-jitter", type=float, default=0.4, metavar="X", help="strength of the colour jitter")
     group.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment, e.g. rand-m9-mstd0.5")
     group.add_argument("--reprob", type=probability, default=0.0, metavar="P", help="of random erasing")
-    group.add_argument("--remode", default="pixel", metavar="MODE", help="what fills what was erased")
+    group.add_argument(
+        "--remode", choices=["const", "rand", "pixel"], default="pixel", help="what fills what was erased"
+    )
     group.add_argument("--mixup", type=not_negative, default=0.0, metavar="ALPHA", help="0: no mixup")
     group.add_argument("--cutmix", type=not_negative, default=0.0, metavar="ALPHA", help="0: no cutmix")
     group.add_argument("--mixup-prob", type=probability, default=1.0, metavar="P", help="of mixing a batch at all")
@@ -99,4 +112,4 @@ def add_augmentation_options(parser: Parser) -> None:
         "--crop-pct", type=float, metavar="X", help="of evaluation (default: the model's; 1 up to 64 px)"
     )
     group.add_argument("--mean", type=float, nargs="+", metavar="X", help="of the pixels (default: the model's)")
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="of the pixels (default: the model's)")
+    group.add_argument("--std", type=positive, nargs="+", metavar="X", help="of the pixels (default: the model's)")

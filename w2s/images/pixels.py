@@ -57,8 +57,23 @@ class DeviceTransform:
             with own_randomness():
                 for image, key in zip(images, keys, strict=True):
                     seed_augmentation(self.seed, *key, ERASING)
-                    self.erasing(image)
+                    self.erasing(_Patched(image))
         return images
+
+
+class _Patched:
+    """An image (C, H, W) on a device that takes patches from the CPU without waiting for the device.
+
+    It has what timm's RandomErasing asks of an image.
+    """
+
+    def __init__(self, image: Tensor) -> None:
+        self.image, self.size, self.dtype = image, image.size, image.dtype
+
+    def __setitem__(self, place: tuple, patch: Tensor) -> None:
+        if self.image.is_cuda:
+            patch = patch.pin_memory()  # a copy from pageable memory would wait for all that was queued before it
+        self.image[place] = patch.to(self.image.device, non_blocking=True)
 
 
 def to_pixels(image: Image.Image) -> Tensor:

@@ -120,6 +120,14 @@ def test_sharded_weights_train_as_those_of_ddp_and_of_one_process(output, sharde
     )
 
 
+def test_a_ratio_of_gradients_is_that_of_ddp(tmp_path, tiny_teacher):
+    """The outputs that FSDP2 watches for its own backward are those whose gradients are measured."""
+    more = "--epochs 3 --kd-balance --grad-accum-steps 2 --batch-size 8"
+    sharded = trained(tmp_path, "sharded", tiny_teacher, processes=2, sharded=True, more=more)
+    assert_alike(sharded, trained(tmp_path, "pair", tiny_teacher, processes=2, more=more))
+    assert [float(row["kd_weight"]) > 0 for row in read_rows(sharded)] == [True, True, False]
+
+
 def test_each_process_writes_what_it_alone_holds_and_the_main_one_exports_all(sharded):
     path = sharded / "checkpoints" / "update-00000020"
     assert {file.name for file in path.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}

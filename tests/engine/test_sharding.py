@@ -54,7 +54,6 @@ def options(**changes: object) -> SimpleNamespace:
         ({"clip_mode": "value"}, ["--clip-mode value"]),
         ({"opt": "muon"}, ["--opt muon", "adamw"]),
         ({"torchcompile": "inductor"}, ["--torchcompile"]),
-        ({"kd_balance": True}, ["--kd-balance", "FSDP2"]),
         ({"kd_term": "nd"}, ["--kd-term", "FSDP2"]),
         ({"teacher": ["weak", "strong"]}, ["several teachers", "FSDP2"]),
     ],

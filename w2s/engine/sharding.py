@@ -93,7 +93,7 @@ def settle_options(args, accelerator: accelerate.Accelerator) -> None:
         raise InputError(f"--opt {args.opt} does not go with FSDP2; these do: {', '.join(OPTIMIZERS)}")
     if args.torchcompile:
         raise InputError("--torchcompile was not tried under FSDP2; leave one of the two out")
-    for option in ("kd_term", "kd_target", "kd_balance"):
+    for option in ("kd_term", "kd_target"):
         if getattr(args, option, None):
             raise InputError(f"--{option.replace('_', '-')} was not tried under FSDP2; leave one of the two out")
     if isinstance(getattr(args, "teacher", None), list):

@@ -68,7 +68,7 @@ def build_parser() -> Parser:
     add_run_options(parser)
     add_diffusion_data_options(parser)
     add_denoiser_options(parser)
-    add_kd_options(parser, "a run folder or a diffusers pipeline folder", unit="updates")
+    add_kd_options(parser, "a run folder or a diffusers pipeline folder", unit="updates", balance=True)
     add_optimizer_options(parser, unit="updates")
 
     add_diffusion_training_options(parser)

@@ -13,7 +13,6 @@ AXIS_TITLES = ("epoch", "update", "samples", "train seconds", "total seconds", "
 METHOD_DEFAULTS = {
     "kd_off": "surpass",
     "kd_fade": True,
-    "kd_balance": False,
     "kd_term": None,
     "kd_term_weight": 1.0,
     "kd_target": None,
@@ -184,8 +183,9 @@ def _method_rows(run: FinishedRun) -> list[list[str]]:
     ]
     if control := run.summary.get("kd_control"):
         rows.append(["in its place (control)", control])
-    given = {name: options.get(name, default) for name, default in METHOD_DEFAULTS.items()}
-    if chosen := [_option(name, value) for name, value in given.items() if value != METHOD_DEFAULTS[name]]:
+    defaults = METHOD_DEFAULTS | {"kd_balance": run.summary["task"] == "diffusion"}
+    given = {name: options.get(name, default) for name, default in defaults.items()}
+    if chosen := [_option(name, value) for name, value in given.items() if value != defaults[name]]:
         rows.append(["other options", f"`{' '.join(chosen)}`"])
     return rows
 

@@ -167,7 +167,11 @@ def add_batch_options(group: argparse._ArgumentGroup, batch_size: int) -> None:
 
 
 def add_kd_options(
-    parser: Parser, teacher: str, unit: str = "epochs", controls: Sequence[str] = ("shuffled", "random")
+    parser: Parser,
+    teacher: str,
+    unit: str = "epochs",
+    controls: Sequence[str] = ("shuffled", "random"),
+    balance: bool = False,
 ) -> None:
     """The method: the teacher and its early phase.
 
@@ -175,6 +179,7 @@ def add_kd_options(
         teacher: what --teacher takes.
         unit: of the window.
         controls: those that a task knows, see w2s.controls.
+        balance: whether lambda is a ratio of gradients by default.
     """
     group = parser.add_group_needing("teacher", "distillation (off without --teacher)")
     taken = f"{teacher}; of several, each hands over to the next once it is passed or its window has ended"
@@ -206,9 +211,8 @@ def add_kd_options(
         help=f"surpass, running (no split needed), never (of several teachers: the last one), or a number of {unit}",
     )
     add_switch(group, "--kd-fade", "let lambda follow what is left of the teacher's lead (default: on)", default=True)
-    add_switch(
-        group, "--kd-balance", "lambda is the ratio of both gradients, whose size stays the task's (default: off)"
-    )
+    about = "lambda is the ratio of both gradients, whose size stays the task's"
+    add_switch(group, "--kd-balance", f"{about} (default: {'on' if balance else 'off'})", default=balance)
     group.add_argument(
         "--kd-control",
         choices=controls,
@@ -254,7 +258,7 @@ def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     group.add_argument("--sched", default="cosine", metavar="NAME", help="timm schedule, stepped on updates")
     group.add_argument(f"--warmup-{unit}", type=not_negative, default=0, metavar="X", help="linear warm-up of the rate")
     group.add_argument("--warmup-lr", type=float, default=1e-5, metavar="X", help="where the warm-up begins")
-    group.add_argument("--min-lr", type=float, default=0.0, metavar="X", help="where the schedule ends")
+    group.add_argument("--min-lr", type=not_negative, default=0.0, metavar="X", help="where the schedule ends")
     group.add_argument(
         f"--decay-{unit}", type=float, default=decay, metavar="X", help=f"between steps of --sched step{shares[0]}"
     )

@@ -184,9 +184,7 @@ def add_kd_options(
     group = parser.add_group_needing("teacher", "distillation (off without --teacher)")
     taken = f"{teacher}; of several, each hands over to the next once it is passed or its window has ended"
     group.add_argument("--teacher", nargs="+", type=not_empty, action=Teachers, metavar="RUN_OR_FILE", help=taken)
-    group.add_argument(
-        "--teacher-model", metavar="NAME", help="architecture of a --teacher file: a timm NAME or torchvision/NAME"
-    )
+    group.add_argument("--teacher-model", metavar="NAME", help="of a --teacher file: a timm NAME or torchvision/NAME")
     group.add_argument("--teacher-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="its kwargs")
     group.add_argument("--teacher-classes", metavar="FILE", help="says which of its classes are those of the data")
     group.add_argument(

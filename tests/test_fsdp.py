@@ -200,7 +200,7 @@ DENOISING = words(
     "--model-ema-decay 0.9 --fd-samples 9 --sample-steps 2 --validation-batch-size 4 --switch-split 0.1",
     "--opt adamw --recovery-interval 5",
 )
-EARLY = "--kd-weight 2 --kd-warmup 2 --kd-hold 4 --kd-decay 2 --kd-patience 99"
+EARLY = "--no-kd-balance --kd-weight 2 --kd-warmup 2 --kd-hold 4 --kd-decay 2 --kd-patience 99"
 
 
 def test_a_sharded_denoiser_is_trained_sampled_killed_and_resumed_as_a_whole_one(tmp_path, tiny_teacher):

@@ -182,15 +182,16 @@ def teacher(run, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def treated(run, teacher, tmp_path_factory) -> tuple[Path, list[Forward]]:
-    options = f"{PHASE} --no-kd-balance --kd-patience 99 --target 1e9 --eval-interval 1"
+    options = f"{PHASE} --kd-patience 99 --target 1e9 --eval-interval 1"
     with recorded_forwards() as forwards:
         folder = run(tmp_path_factory.mktemp("treated"), "treated", options, "--teacher", teacher)
     return folder, forwards
 
 
-def test_lambda_follows_the_updates_and_losses_add_up(treated):
-    rows = read_rows(treated[0])
-    for row in rows:
+def test_lambda_follows_the_updates_and_losses_add_up(run, teacher, tmp_path):
+    options = f"{PHASE} --no-kd-balance --kd-patience 99 --eval-interval 1 --teacher"
+    folder = run(tmp_path, "fixed", options, teacher)
+    for row in read_rows(folder):
         u = int(row["update"])
         assert float(row["kd_weight"]) == pytest.approx(np.interp(u, [0, 2, 4, 6], [0, 2, 2, 0]))
         assert row["kd_active"] == str(int(u < 6))
@@ -199,7 +200,20 @@ def test_lambda_follows_the_updates_and_losses_add_up(treated):
         assert (row["kd_loss"] != "") == (weight > 0)
         total = float(row["task_loss"]) + weight * float(row["kd_loss"] or 0)
         assert float(row["train_loss"]) == pytest.approx(total, rel=1e-5)
-    assert read_summary(treated[0])["kd_off"] == {"epoch": 1.5, "update": 6, "reason": "window"}
+    assert read_summary(folder)["kd_off"] == {"epoch": 1.5, "update": 6, "reason": "window"}
+    card = (share_folder(folder) / "README.md").read_text()
+    assert "`--no-kd-fade --no-kd-balance`" in card  # what is not the default of diffusion
+
+
+def test_lambda_is_a_ratio_of_gradients_by_default(treated):
+    """So the losses are not added up with the weight of the window."""
+    taught = [row for row in read_rows(treated[0]) if row["kd_loss"]]
+    assert len(taught) == 5
+    for row in taught:
+        weight = np.interp(int(row["update"]) - 1, [0, 2, 4, 6], [0, 2, 2, 0])
+        fixed = float(row["task_loss"]) + weight * float(row["kd_loss"])
+        assert abs(float(row["train_loss"]) - fixed) > 1e-3 * fixed
+    assert "`--no-kd-fade`" in (share_folder(treated[0]) / "README.md").read_text()
 
 
 def training_start(forwards: list[Forward]) -> int:
@@ -379,8 +393,7 @@ def test_killed_it_ends_in_the_same_bits(number, code, run, long, teacher, tiny_
 def test_two_processes_train_as_one(run, treated, teacher, tiny_teacher, tmp_path):
     """Data, noise and time steps are the same. Gradients are summed in another order, which changes losses by some 1e-6
     of themselves, and distances by the rounding of pixels."""
-    often = "--no-kd-balance --kd-patience 99 --eval-interval 1 --batch-size 8"
-    options = (SMALL, UNET, PHASE, often, "--fd-features", tiny_teacher)
+    options = (SMALL, UNET, PHASE, "--kd-patience 99 --eval-interval 1 --batch-size 8 --fd-features", tiny_teacher)
     log = tmp_path / "log"
     started = start_script(
         "train_diffusion", log, *options, "--teacher", teacher, "--name two --output", tmp_path, processes=2

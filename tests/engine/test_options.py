@@ -357,9 +357,10 @@ def test_an_impossible_target_is_refused(value, words):
         ("--epochs 0", "--epochs: takes a whole number of at least 1, got 0"),
         ("--kd-off later", "--kd-off: takes surpass, running, never or a number of 0 or more, got later"),
         ("--hflip 2", "--hflip: takes a number in [0, 1], got 2"),
+        ("--remode nonsense", "--remode: invalid choice: 'nonsense'"),
     ],
 )
-def test_a_wrong_number_is_refused_in_words(words, message):
+def test_a_wrong_value_is_refused_in_words(words, message):
     with refused(message):
         build_parser().parse_recipe(words.split())
 

@@ -22,7 +22,8 @@ from w2s.engine.options import (
 )
 from w2s.engine.parsing import KeyValues, Parser, add_switch, natural_int, not_empty, positive_int
 
-SMALLEST = 64  # pixels of --lsj: shrunk to a tenth, even the shorter side of a wide image has some left
+SMALLEST_CANVAS = 64  # pixels of --lsj: shrunk to a tenth, even the shorter side of a wide image has some left
+SMALLEST_SIDE = 32  # pixels of --scale-jitter: of the coarsest features one is left
 
 
 def add_detection_data_options(parser: Parser) -> None:
@@ -247,10 +248,10 @@ def check_augmentation(args: argparse.Namespace) -> None:
     """
     if not 0 <= args.hflip <= 1:
         raise InputError(f"--hflip {args.hflip:g}: a probability lies in [0, 1]")
-    if args.lsj and args.lsj < SMALLEST:
-        raise InputError(f"--lsj {args.lsj}: images shrink to a tenth of it; give at least {SMALLEST} pixels")
-    if args.scale_jitter and args.scale_jitter[0] < SMALLEST // 2:
-        raise InputError(f"--scale-jitter {args.scale_jitter[0]}: give at least {SMALLEST // 2} pixels")
+    if args.lsj and args.lsj < SMALLEST_CANVAS:
+        raise InputError(f"--lsj {args.lsj}: images shrink to a tenth of it; give at least {SMALLEST_CANVAS} pixels")
+    if args.scale_jitter and args.scale_jitter[0] < SMALLEST_SIDE:
+        raise InputError(f"--scale-jitter {args.scale_jitter[0]}: give at least {SMALLEST_SIDE} pixels")
     if args.lsj and args.scale_jitter:
         raise InputError("--lsj and --scale-jitter exclude each other")
     if args.scale_jitter and args.scale_jitter[0] > args.scale_jitter[1]:

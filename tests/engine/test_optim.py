@@ -262,6 +262,11 @@ def test_an_optimiser_that_cannot_be_built_is_refused(words):
         built(words)
 
 
+def test_the_refusal_names_the_arguments_of_the_optimiser():
+    with refused("--opt adamw, --opt-eps 1e-08, --opt-betas [0.9]: "):
+        built("--opt adamw --opt-eps 1e-8 --opt-betas 0.9")
+
+
 def test_the_moving_average_is_timms_and_only_where_asked_for():
     assert build_ema(parse(), tiny()) is None
     ema = build_ema(parse("--model-ema", "--model-ema-decay", "0.9", "--model-ema-warmup"), tiny())

@@ -17,7 +17,7 @@ from train_cls import build_parser, resolve
 from w2s.engine.checkpoint import plain
 from w2s.engine.errors import Finished, InputError
 from w2s.engine.files import LOCK
-from w2s.engine.launch import default_precision, environment
+from w2s.engine.launch import default_precision, environment, processor_name
 from w2s.engine.run import Run
 
 
@@ -78,8 +78,20 @@ def test_the_environment_names_versions_device_and_commit(accelerator):
     assert json.loads(json.dumps(found)) == found
     assert (found["torch"], found["accelerate"]) == (torch.__version__, accelerate.__version__)
     assert {"cuda", "cudnn", "tf32"} <= set(found)
-    assert found["device"].startswith("cpu") and found["processes"] == 1 and found["mixed_precision"] == "no"
+    assert found["device"] == f"{processor_name()}, {os.cpu_count()} cores"
+    assert found["processes"] == 1 and found["mixed_precision"] == "no"
     assert found["git"] is None or len(found["git"]) == 40
+
+
+def test_a_run_on_a_cpu_names_its_processor_since_seconds_of_two_kinds_cannot_be_compared(monkeypatch):
+    lines = "processor\t: 0\nmodel name\t: Xeon 6\nflags\t\t: fpu\n\nprocessor\t: 1\nmodel name\t: Xeon 6\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: lines if str(path) == "/proc/cpuinfo" else "")
+    assert processor_name() == "Xeon 6"
+    monkeypatch.setattr(Path, "read_text", lambda path: "processor\t: 0\n")  # as ARM has it
+    monkeypatch.setattr("platform.processor", lambda: "aarch64")
+    assert processor_name() == "aarch64"
+    monkeypatch.setattr("platform.processor", lambda: "")
+    assert processor_name() == "cpu"
 
 
 def test_the_environment_is_told_where_git_is_not_installed(accelerator, monkeypatch, tmp_path):

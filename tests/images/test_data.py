@@ -205,9 +205,10 @@ def test_an_unknown_dataset_is_refused_by_name(dataset):
         load(dataset)
 
 
-def test_a_dataset_name_without_a_folder_is_refused_with_what_is_missing():
-    with refused("--data-dir"):
-        load("imagefolder")
+@pytest.mark.parametrize("dataset", ["imagefolder", "uoft-cs/cifar10", "hfds"])
+def test_a_dataset_name_without_a_folder_is_refused_with_what_is_missing(dataset):
+    with refused(f"--dataset {dataset}: ", "--data-dir", "hfds/NAME"):
+        load(dataset)
 
 
 def test_images_of_four_channels_are_refused(tmp_path):

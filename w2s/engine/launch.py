@@ -1,6 +1,7 @@
 """The processes of a launch: the accelerator that joins them, where they run, and what they decide together."""
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -97,6 +98,16 @@ def wait_for_device(device: torch.device) -> Callable[[], None]:
     return (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
 
 
+def processor_name() -> str:
+    """The model of the processor, as Linux or else Python knows it; "cpu" where neither does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, [*names, platform.processor()]), "cpu")
+
+
 def environment(accelerator: accelerate.Accelerator, earlier: list[int]) -> dict:
     """Versions, hardware and precision, for summary.json.
 
@@ -104,7 +115,9 @@ def environment(accelerator: accelerate.Accelerator, earlier: list[int]) -> dict
         earlier: the other numbers of processes that the run has had before it was resumed.
     """
     device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cpu":
+        name = f"{processor_name()}, {os.cpu_count()} cores"
     try:
         git = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True

@@ -97,7 +97,9 @@ def _create_optimizer(args, model: nn.Module, lr: float, fused: bool) -> torch.o
             **{k: v for k, v in options.items() if v is not None},
         )
     except Exception as error:  # every optimiser checks its arguments in its own way
-        raise InputError(f"--opt {args.opt}: {on_one_line(error)}") from None
+        given = {"--opt-eps": args.opt_eps, "--opt-betas": args.opt_betas, "--opt-kwargs": args.opt_kwargs or None}
+        words = ", ".join([args.opt, *(f"{flag} {value}" for flag, value in given.items() if value is not None)])
+        raise InputError(f"--opt {words}: {on_one_line(error)}") from None
     if getattr(optimizer, "is_second_order", False):
         raise InputError(f"--opt {args.opt}: second-order optimisers are not supported")
     return optimizer

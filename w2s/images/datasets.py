@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from w2s.engine.errors import InputError, first_line, on_one_line
 from w2s.images.digits import Digits
 
+READERS = ("hfds", "hfids", "tfds", "torch", "wds")  # timm's prefixes of what need not be a folder
+
 
 def image_mode(in_chans: int) -> str:
     """The PIL mode of images with this many channels.
@@ -53,7 +55,8 @@ def open_dataset(
         return Digits(split)
     if not dataset and data_dir and not os.path.exists(data_dir):
         raise InputError(f"--data-dir {data_dir}: no such folder")
-    if "/" not in dataset and not data_dir:
+    prefix, slash, _ = dataset.partition("/")
+    if not (slash and prefix.lower() in READERS) and not data_dir:
         what = f"--dataset {dataset}" if dataset else "no data"
         raise InputError(f"{what}: give --data-dir FOLDER, or --dataset digits, hfds/NAME_OR_FOLDER or wds/...")
     columns = {"input_key": input_key, "target_key": target_key}

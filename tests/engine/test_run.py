@@ -8,6 +8,7 @@ from pathlib import Path
 import accelerate
 import numpy as np
 import pytest
+import timm.layers
 import torch
 import yaml
 from helpers import on_processes, refused
@@ -68,6 +69,7 @@ def test_a_run_records_the_precision_that_its_cpu_has_by_default(cpu, expected, 
     on_hardware(monkeypatch, None, "cpu", False, cpu)
     assert environment(run_of().accelerator, earlier=[])["mixed_precision"] == expected
     assert torch.backends.cuda.flash_sdp_enabled() == (expected == "no")  # slow in bf16
+    assert timm.layers.use_fused_attn() == (expected == "no")  # likewise
 
 
 # --- its facts ---

@@ -24,6 +24,7 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
+from timm.layers import set_fused_attn
 from timm.utils import distribute_bn
 from torch import nn
 
@@ -78,6 +79,8 @@ def build_accelerator(folder: Path, trackers: list[str] | None, *, timeout: floa
     # torch's fused attention for CPUs takes some twenty times as long for its backward in bf16 as in float32
     slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
     torch.backends.cuda.enable_flash_sdp(not slow)  # says the same of CPUs
+    if accelerator.device.type == "cpu":  # what torch does instead computes in float32, timm's attention in bf16
+        set_fused_attn(not slow)
     return accelerator
 
 

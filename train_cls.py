@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # updates, optimiser, learning rate
     plan, shape = plan_updates(args, run, data.samples, epochs=args.epochs), data_config["input_size"]
-    student_update = student_flops(student, shape, batch=plan.batch, name=f"--model {args.model}")
+    student_update = student_flops(args, student, shape, batch=plan.batch)
     check_term(args, student, shape)
     lr = scaled_lr(args, plan.batch)
     steps = {"length": args.epochs, "updates_per_unit": plan.updates_per_epoch, "fused": run.fuses}

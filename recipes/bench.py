@@ -29,7 +29,8 @@ from bench_tasks import TASKS, Task
 from w2s.engine.errors import InputError
 from w2s.engine.launch import environment
 from w2s.engine.main import call_main
-from w2s.engine.parsing import Parser, positive_int, read_recipe
+from w2s.engine.parsing import Parser, positive_int
+from w2s.engine.recipe import read_recipe
 from w2s.engine.training import Job
 
 DISTINCT_BATCHES = 4  # the timed updates cycle through so many batches

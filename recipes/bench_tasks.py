@@ -163,8 +163,7 @@ class Classification(Task):
         term = build_term(self.args, self.run, self.plan, kd, student=student, **data)
         if term.has_branches:
             optimizer, scheduler = self.build_optimizer(term.model)
-        shape, name = self.data_config["input_size"], f"--model {self.args.model}"
-        student_update = student_flops(student, shape, batch=self.plan.batch, name=name)
+        student_update = student_flops(self.args, student, self.data_config["input_size"], batch=self.plan.batch)
         return train_cls.build_job(
             self.args,
             self.run,

@@ -41,6 +41,7 @@ def test_bad_targets_are_refused(tmp_path, arms, capsys):
     words = command(*arms, tmp_path / "out", "--target")
     check_refused(tmp_path, capsys, [*words, "60", "high"], "--target", "'high'")
     check_refused(tmp_path, capsys, [*words, "nan"], "target not finite: nan")
+    check_refused(tmp_path, capsys, [*words, "0.6"], "0.6 percent? Write 60")
     for folder in (*arms[0], *arms[1]):
         spoil_summary(folder, targets={})
     check_refused(tmp_path, capsys, command(*arms, tmp_path / "out"), "no targets", "--target")

@@ -74,6 +74,17 @@ def test_an_out_that_is_a_file_is_refused(tmp_path, arms, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_an_out_that_is_a_run_is_refused(tmp_path, arms, capsys):
+    before = sorted(arms[1][0].iterdir())
+    check_refused(tmp_path, capsys, command(*arms, arms[1][0]), "--out", "is the folder of a run")
+    assert sorted(arms[1][0].iterdir()) == before
+
+
+def test_runs_without_the_name_of_their_arm_are_refused_with_it(tmp_path, arms, capsys):
+    words = ["python", *map(str, (arms[0][0], arms[1][0])), "--out", str(tmp_path / "out")]
+    check_refused(tmp_path, capsys, words[1:], "belongs to no option", "--baseline and --treated")
+
+
 def test_a_folder_that_is_missing_or_given_twice_is_refused(tmp_path, arms, capsys):
     base, treated = arms
     check_refused(

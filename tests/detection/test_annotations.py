@@ -54,9 +54,13 @@ def test_outlines_and_addresses_are_not_kept(tmp_path):
         (lambda d: d["annotations"][0].update(category_id=1), "annotation 1 has unknown category_id 1"),
         (lambda d: d["annotations"][0].update(bbox=[1, 2, 3]), "annotation 1 has no bbox of four numbers"),
         (lambda d: d["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "no bbox of four numbers"),
-        (lambda d: d["annotations"][0].update(bbox=[1, 2, 0, 5]), r"1 boxes have no area.*annotation 1.*--fix-boxes"),
+        (
+            lambda d: d["annotations"][0].update(bbox=[1, 2, 0, 5]),
+            r"1 of \d boxes have no area.*annotation 1.*--fix-",
+        ),
         (lambda d: d["annotations"][0].update(bbox=[30, 2, 20, 5]), "reach outside their image"),
         (lambda d: d["annotations"][0].update(bbox=[50, 2, 9, 5]), "reach outside their image"),
+        (lambda d: [a.update(bbox=[0.1, 0.2, 0.5, 1.0]) for a in d["annotations"]], "shares of the image, not pixels"),
     ],
 )
 def test_bad_annotations_are_refused_in_one_line(change, message):
@@ -65,12 +69,13 @@ def test_bad_annotations_are_refused_in_one_line(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_boxes_are_fixed_on_request_and_the_metric_still_sees_them_as_they_are():
+def test_boxes_are_fixed_on_request_and_the_metric_still_sees_them_as_they_are(capsys):
     def change(data):
         for annotation, box in zip(data["annotations"], ([30, 2, 20, 5], [50, 2, 9, 5], [1, 1, 0, 4]), strict=False):
             annotation["bbox"] = box
 
     source = annotated(changed(change), fix_boxes=True)
+    assert "boxes have no area or reach outside their image; they are dropped or clipped" in capsys.readouterr().err
     assert [boxes.tolist() for boxes in source.boxes] == [[[30, 2, 40, 7]], [], []]
     assert [a["bbox"] for a in source.annotations[0]] == [[30, 2, 20, 5], [50, 2, 9, 5]]
 

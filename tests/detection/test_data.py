@@ -1,5 +1,7 @@
 """Detection data of a run: found, opened, checked and cut into splits."""
 
+import json
+
 import numpy as np
 import pytest
 from detection.annotated import changed, data_options, write_coco
@@ -59,6 +61,14 @@ def test_explicit_paths_and_splits_of_other_classes(tmp_path):
         open_training_data(data_options(train, other), first_label=0)
     same = ["--val-images", a / "val2017", "--val-json", a / "annotations" / "instances_val2017.json"]
     assert len(open_training_data(data_options(train, same), first_label=0).report) == 3
+
+
+def test_a_reporting_split_without_a_box_is_refused(tmp_path):
+    folder = write_coco(tmp_path / "set")
+    file = folder / "annotations" / "instances_val2017.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    with pytest.raises(InputError, match=r"instances_val2017.json has no boxes to report on"):
+        open_training_data(data_options("--data", folder), first_label=0)
 
 
 def test_an_evaluation_opens_the_reporting_split_only(tmp_path):

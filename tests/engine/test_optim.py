@@ -149,6 +149,17 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(words):
         rates(words)
 
 
+def test_milestones_that_go_back_are_refused():
+    with refused("--decay-milestones 5.0 3.0"):
+        rates("--sched multistep --decay-milestones 5 3")
+
+
+@pytest.mark.parametrize(("words", "told"), [("step", True), ("multistep", True), ("cosine", False)])
+def test_a_step_that_never_comes_is_told(words, told, capsys):
+    rates(f"--sched {words}")
+    assert ("first lowers the rate at 30 epochs" in capsys.readouterr().err) == told
+
+
 # --- optimisers ------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +276,15 @@ def test_an_optimiser_that_cannot_be_built_is_refused(words):
 def test_the_refusal_names_the_arguments_of_the_optimiser():
     with refused("--opt adamw, --opt-eps 1e-08, --opt-betas [0.9]: "):
         built("--opt adamw --opt-eps 1e-8 --opt-betas 0.9")
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [("lion --opt-betas 0.9 0.9 0.9", "2"), ("adamw --opt-betas 1", "2"), ("sgd --opt-betas 1", "no")],
+)
+def test_betas_of_another_number_are_refused(words, count):
+    with refused(f"--opt {words.split()[0]}", f"it takes {count} betas"):
+        built(f"--opt {words}")
 
 
 def test_the_moving_average_is_timms_and_only_where_asked_for():

@@ -111,10 +111,23 @@ def test_the_evaluation_transform_has_no_randomness():
     assert torch.equal(transform(image), transform(image))
 
 
-@pytest.mark.parametrize("changes", [{"aa": "nonsense"}, {"train_interpolation": "nonsense"}])
-def test_augmentation_that_timm_does_not_know_is_refused(changes):
-    with refused("transforms"):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"aa": "nonsense"}, "--aa nonsense"),
+        ({"aa": "randm9"}, "--aa randm9"),
+        ({"train_interpolation": "nonsense"}, "--train-interpolation nonsense"),
+    ],
+)
+def test_augmentation_that_timm_does_not_know_is_refused(changes, words):
+    with refused("transforms", words):
         transform_of(reprob=0.5, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"scale": [1.0, 0.08]}, {"ratio": [2.0, 1.0]}])
+def test_a_range_that_is_turned_round_is_refused(changes):
+    with refused(f"--{next(iter(changes))}", "lower one"):
+        transform_of(**changes)
 
 
 def test_pad_crop_resizes_as_train_interpolation_says():
@@ -128,6 +141,12 @@ def test_pad_crop_resizes_as_train_interpolation_says():
 def test_statistics_of_another_number_of_channels_are_refused():
     with refused("--mean"):
         options(mean=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("changes", [{"mean": [124.0, 116.0, 104.0]}, {"mean": [-0.5]}, {"std": [58.0, 57.0, 57.0]}])
+def test_statistics_of_pixels_up_to_255_are_refused(changes):
+    with refused(f"--{next(iter(changes))}", "divide by 255"):
+        options(**changes)
 
 
 # --- the data config -------------------------------------------------------------------------------------------------

@@ -149,6 +149,12 @@ def test_a_class_that_only_the_reporting_split_has_is_refused(tmp_path):
         load("", root)
 
 
+def test_a_single_class_is_refused_since_the_images_lie_in_the_wrong_folder(tmp_path):
+    root = picture_folder(tmp_path, train={"ant": 3}, val={"ant": 1})
+    with refused("only one class", "train/CLASS/"):
+        load("", root)
+
+
 def test_more_classes_than_the_data_has_are_refused(tmp_path):
     root = picture_folder(tmp_path, train={"ant": 3, "bee": 3}, val={"ant": 1, "bee": 1})
     with refused("class 2", "no image"):

@@ -1,5 +1,6 @@
 """Building, small stems, exports that timm reads back, and weights files that are refused for what they are."""
 
+import math
 import pickle
 from pathlib import Path
 
@@ -11,8 +12,17 @@ from images.pictures import TINY, model_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from train_cls import build_parser
 from w2s.engine.errors import InputError
-from w2s.images.models import create_model, export, find_model, load_folder, load_weights
+from w2s.images.models import (
+    classifier_flops,
+    create_model,
+    export,
+    find_model,
+    load_folder,
+    load_weights,
+    student_flops,
+)
 
 TINY_VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SIZE = 32
@@ -43,8 +53,29 @@ def test_a_model_like_no_other_is_refused_without_a_suggestion():
 
 @pytest.mark.parametrize("kwargs", [{"nonsense": 1}, {"channels": "wide"}])
 def test_arguments_that_an_architecture_does_not_take_are_refused(kwargs):
-    with refused("resnet10t"):
+    (name,) = kwargs
+    with refused("resnet10t", f"{name}={kwargs[name]!r}"):
         create_model("resnet10t", 10, model_kwargs=kwargs)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("--batch-size 1", "32 px, one at a time"),  # BatchNorm of what is a single pixel by then
+        ("--model-kwargs channels=[8,8,16]", "layer4"),  # three widths for four stages
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_image_is_read(words, parts):
+    args = build_parser().parse_recipe(["--model", "resnet10t", *words.split()])
+    model = create_model("resnet10t", 10, model_kwargs=args.model_kwargs)
+    with refused("--model resnet10t cannot be trained on images of 32 px", parts):
+        student_flops(args, model, (3, 32, 32), batch=4)
+
+
+def test_the_flops_of_an_update_do_not_depend_on_the_images_they_are_counted_on():
+    args = build_parser().parse_recipe(["--model", "resnet10t", "--batch-size", "1"])
+    model = create_model("resnet10t", 10)
+    assert student_flops(args, model, (3, 64, 64), batch=6) == classifier_flops(model, (3, 64, 64), batch=6, train=True)
 
 
 def test_the_image_size_reaches_only_architectures_whose_weights_depend_on_it():
@@ -295,6 +326,23 @@ def test_a_damaged_weights_file_is_refused_by_name(tmp_path, suffix, damage):
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     damage(path)
     with refused("cannot read weights", path.name):
+        load_weights(model_of(), path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, suffix):
+    path, state = tmp_path / f"weights{suffix}", model_of().state_dict()
+    state["fc.weight"][0, 0] = math.nan
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with refused("holds NaN in 1 of", "fc.weight", path.name):
+        load_weights(model_of(), path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_pointer_of_git_lfs_is_no_weights_file(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 44\n")
+    with refused("git lfs pull", path.name):
         load_weights(model_of(), path)
 
 

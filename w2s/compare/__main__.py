@@ -59,13 +59,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--log-with", choices=["wandb"], help="log table and curves as a run of its own")
     parser.add_argument("--project", default="w2s", help="W&B project (w2s)")
     parser.add_argument("--group", help="W&B group (default: that of the runs, else the folder in --out)")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(f"'{unknown[0]}' belongs to no option; the runs follow --baseline and --treated, or --arm")
     if bool(args.arm) == bool(args.baseline or args.treated) or bool(args.baseline) != bool(args.treated):
         raise ValueError("give --baseline RUN... and --treated RUN..., or --arm NAME=GLOB for each arm")
     if args.margin is not None and not 0 <= args.margin < math.inf:
         raise ValueError(f"--margin {args.margin:g}: give a finite number of at least 0, in the unit of the metric")
     if args.budget and (args.strength or args.target or args.log_with):
         raise ValueError("--budget compares final metrics: leave --strength, --target and --log-with out")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; name a folder")
+    if (args.out / "metrics.csv").exists():
+        raise ValueError(f"--out {args.out} is the folder of a run; name another one")
     return args
 
 

@@ -155,10 +155,14 @@ def choose_targets(runs: list[RunFolder], given: list[float] | None = None) -> l
     """The targets given, or else those of all runs; the easiest comes first.
 
     Raises:
-        ValueError: there are none, or one is not a finite number.
+        ValueError: there are none, one is not a finite number, or one is a share where percent are expected.
     """
     targets = given or [float(key) for run in runs for key in run.summary["targets"]]
     by_key = {target_key(target): target for target in targets}
+    best = max((run.summary["best"] or 0 for run in runs if run.summary["mode"] == "max"), default=0)
+    for target in given or []:
+        if 0 < target < 1 < best <= 100:
+            raise ValueError(f"--target {target:g}: {target:g} percent? Write {100 * target:g}")
     if not by_key:
         raise ValueError("no targets: --target gives them")
     if not all(math.isfinite(target) for target in targets):

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from w2s.engine.errors import InputError, on_one_line
+from w2s.engine.parsing import announce
 
 TOLERANCE = 1.0  # pixels by which a box may reach outside its image: annotations are rounded
 UNUSED = ("segmentation", "license", "coco_url", "flickr_url", "date_captured")  # keys of COCO's JSON
@@ -110,21 +111,22 @@ def annotate(truth: dict, *, where: str, fix_boxes: bool, read: Callable[[int], 
         read: takes a row and returns its RGB image.
 
     Raises:
-        InputError: missing keys, impossible sizes, duplicate ids, unknown images or categories, malformed boxes, and
-            unless `fix_boxes`, boxes that have no area or reach outside their image.
+        InputError: missing keys, impossible sizes, duplicate ids, unknown images or categories, malformed boxes, boxes
+            as shares of their image, and unless `fix_boxes`, boxes that have no area or reach outside it.
     """
     images, categories = _check_tables(truth, where)
     rows = {image["id"]: row for row, image in enumerate(images)}
     labels = {category["id"]: label for label, category in enumerate(categories)}
     annotations: list[list[dict]] = [[] for _ in images]
     training_boxes: list[list[tuple]] = [[] for _ in images]  # left, top, right, bottom, label
-    bad_boxes = []
+    bad_boxes, furthest = [], 0.0
     for annotation in truth["annotations"]:
         checked, box = _check_annotation(annotation, rows, labels, where)
         row = rows[checked["image_id"]]
         annotations[row].append(checked)
         if checked["iscrowd"]:
             continue
+        furthest = max(furthest, *box)
         width, height = images[row]["width"], images[row]["height"]
         corners, is_outside = _clip(box, width, height)
         is_empty = min(corners[2] - corners[0], corners[3] - corners[1]) < MIN_SIDE
@@ -132,11 +134,16 @@ def annotate(truth: dict, *, where: str, fix_boxes: bool, read: Callable[[int], 
             bad_boxes.append(f"annotation {checked['id']}: {box} in an image of {width} x {height}")
         if not is_empty:
             training_boxes[row].append((*corners, labels[checked["category_id"]]))
-    if bad_boxes and not fix_boxes:
-        raise InputError(
-            f"{where}: {len(bad_boxes)} boxes have no area or reach outside their image, the first (x, y, width, "
-            f"height): {bad_boxes[0]}; correct them, or have them dropped and clipped by --fix-boxes"
-        )
+    if 0 < furthest <= 1:
+        raise InputError(f"{where}: no box reaches beyond the first pixel, so they are shares of the image, not pixels")
+    if bad_boxes:
+        of_all = f"{len(bad_boxes)} of {sum(map(len, annotations))} boxes have no area or reach outside their image"
+        if not fix_boxes:
+            raise InputError(
+                f"{where}: {of_all}, the first (x, y, width, height): {bad_boxes[0]}; correct them, or have them "
+                "dropped and clipped by --fix-boxes"
+            )
+        announce(f"warning: {where}: {of_all}; they are dropped or clipped")
     tables = [np.asarray(entries, np.float32).reshape(-1, 5) for entries in training_boxes]
     return AnnotatedImages(
         images=images,

@@ -63,14 +63,14 @@ def open_detection(
         with_train: whether training images are needed.
 
     Raises:
-        InputError: data are missing or named twice, or `annotate` refuses the annotations.
+        InputError: data are missing or named twice, `annotate` refuses the annotations, or there is nothing to report.
     """
     explicit = {"train": (train_images, train_json), "val": (val_images, val_json)}
     needed = ("train", "val") if with_train else ("val",)
     if data and any(path for paths in explicit.values() for path in paths):
         raise InputError("--data and --train-images/--train-json/--val-images/--val-json exclude each other")
     if data and data.startswith("hfds/"):
-        return open_hf(
+        train, val = open_hf(
             data.removeprefix("hfds/"),
             train_split=train_split,
             report_split=val_split,
@@ -80,15 +80,21 @@ def open_detection(
             fix_boxes=fix_boxes,
             with_train=with_train,
         )
-    if data:
-        folder = _find_folder(data, output)
-        located = {part: _locate_coco(folder, part) for part in needed}
-    elif all(path for part in needed for path in explicit[part]):
-        located = {part: (Path(explicit[part][0]), Path(explicit[part][1])) for part in needed}
     else:
-        raise InputError("no data: --data FOLDER, or all of --train-images, --train-json, --val-images and --val-json")
-    opened = {part: read_coco(images, file, fix_boxes=fix_boxes) for part, (images, file) in located.items()}
-    return opened.get("train"), opened["val"]
+        if data:
+            folder = _find_folder(data, output)
+            located = {part: _locate_coco(folder, part) for part in needed}
+        elif all(path for part in needed for path in explicit[part]):
+            located = {part: (Path(explicit[part][0]), Path(explicit[part][1])) for part in needed}
+        else:
+            raise InputError(
+                "no data: --data FOLDER, or all of --train-images, --train-json, --val-images and --val-json"
+            )
+        opened = {part: read_coco(images, file, fix_boxes=fix_boxes) for part, (images, file) in located.items()}
+        train, val = opened.get("train"), opened["val"]
+    if not any(len(boxes) for boxes in val.boxes):
+        raise InputError(f"{val.where} has no boxes to report on")
+    return train, val
 
 
 def _find_folder(data: str, output: Path) -> Path:

@@ -20,7 +20,16 @@ from w2s.engine.options import (
     add_worker_option,
     switch_fraction,
 )
-from w2s.engine.parsing import KeyValues, Parser, add_switch, natural_int, not_empty, positive_int
+from w2s.engine.parsing import (
+    KeyValues,
+    Parser,
+    add_switch,
+    natural_int,
+    not_empty,
+    positive,
+    positive_int,
+    probability,
+)
 
 SMALLEST_CANVAS = 64  # pixels of --lsj: shrunk to a tenth, even the shorter side of a wide image has some left
 SMALLEST_SIDE = 32  # pixels of --scale-jitter: of the coarsest features one is left
@@ -138,7 +147,7 @@ def add_detector_options(parser: Parser) -> None:
     )
     group.add_argument(
         "--anchor-scale",
-        type=float,
+        type=positive,
         metavar="X",
         help="anchor side over stride (default: 4 for RetinaNet, 8 for Faster R-CNN)",
     )
@@ -234,7 +243,7 @@ def add_detection_training_options(parser: Parser) -> None:
 def add_detection_augmentation_options(parser: Parser) -> None:
     """torchvision's transforms of images with boxes."""
     group = parser.add_argument_group("augmentation (torchvision)")
-    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="of a mirror image")
+    group.add_argument("--hflip", type=probability, default=0.5, metavar="P", help="of a mirror image")
     group.add_argument("--scale-jitter", type=positive_int, nargs=2, metavar="PX", help="shorter side from LOW to HIGH")
     group.add_argument("--lsj", type=positive_int, metavar="PX", help="large-scale jitter on a canvas of this size")
     add_switch(group, "--photometric", "distort colours, as SSD does")

@@ -3,20 +3,28 @@
 PRECISION = "precision is chosen by the launcher: accelerate launch --mixed_precision bf16 train_... (or fp16, or no)"
 LAUNCHED = "devices and processes are chosen by the launcher: see accelerate launch --help"
 
-# options of timm's train.py and of torchvision's references, without the dashes, and what to do instead
+# options of timm's train.py and of torchvision's references, without the dashes, and what to do instead; of several
+# texts, a script gives the first one whose options it has
 REMEDIES = {
     **dict.fromkeys(("amp", "amp-dtype", "fp16", "bf16", "model-dtype", "mixed-precision", "precision"), PRECISION),
     **dict.fromkeys(("device", "local-rank", "world-size", "gpus", "num-gpus", "multi-gpu", "dist-url"), LAUNCHED),
     "aug-repeats": "repeated augmentation is not there; an image is seen once an epoch",
     "aug-splits": "augmentation splits and the JSD loss are not there",
     "dataset-download": "nothing is downloaded on its own: fetch the dataset first, and name its folder",
+    "data-path": "the folder of the data is --data",
     "dist-bn": "before each evaluation all processes get the BatchNorm statistics of the first one; see also --sync-bn",
+    "epochs": "the length of the run is --updates",
     "eval-metric": "the reported metric is fixed for each task; see --target",
     "experiment": "the name of a run is --name",
     "fast-norm": "it is not there; --torchcompile fuses normalisation layers",
-    "input-size": "give --img-size N, and --in-chans N where the images are grey",
+    "input-size": (
+        "give --img-size N, and --in-chans N where the images are grey",
+        "give --img-size N",
+        "give --min-size N and --max-size N",
+    ),
     "kd-model-name": "the teacher is --teacher",
     "log-wandb": "write --log-with wandb",
+    "lr-steps": "give --sched multistep and --decay-milestones",
     "output-dir": "the folder of all runs is --output",
     "pin-mem": "memory is pinned wherever there is a GPU",
     "print-freq": "the number of updates between two log lines is --log-interval",
@@ -24,11 +32,15 @@ REMEDIES = {
     "start-epoch": "--resume auto goes on where the newest checkpoint stands",
     "sched-on-updates": "the schedule always runs on updates",
     "test-only": "write --eval-only",
-    "val-interval": "give --evals-per-epoch, which is 0.5 for every second epoch",
+    "val-interval": (
+        "give --evals-per-epoch, which is 0.5 for every second epoch",
+        "give --eval-interval, in updates",
+    ),
     "wandb-project": "the project of a tracker is --project",
 }
 
 
-def remedy(option: str) -> str | None:
-    """What to do instead of an option, given without its dashes, that is known elsewhere but not here."""
-    return REMEDIES.get(option.replace("_", "-"))
+def remedies(option: str) -> tuple[str, ...]:
+    """What may be done instead of an option, given without its dashes, that is known elsewhere but not here."""
+    found = REMEDIES.get(option.replace("_", "-"), ())
+    return (found,) if isinstance(found, str) else found

@@ -7,7 +7,8 @@ from pathlib import Path
 from w2s.engine.checkpoint import FREE_OPTIONS
 from w2s.engine.errors import InputError
 from w2s.engine.options import run_name
-from w2s.engine.parsing import Parser, announce, read_recipe
+from w2s.engine.parsing import Parser, announce
+from w2s.engine.recipe import read_recipe
 
 # what an evaluation does not take from the run: the options that choose the run and say how this machine reads it, and
 # those by which a training starts

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from w2s.engine.errors import InputError, on_one_line
+from w2s.engine.parsing import announce
 
 
 def scaled_lr(args, samples: int) -> float:
@@ -56,8 +57,11 @@ def build_optimizer(
     decay = getattr(args, f"decay_{unit}")
     if warmup > length:
         raise InputError(f"--warmup-{unit} {warmup:g} is longer than the run of {length:g} {unit}")
-    if decay <= 0:
-        raise InputError(f"--decay-{unit} {decay:g}: must be above 0")
+    if args.sched == "multistep" and sorted(args.decay_milestones) != args.decay_milestones:
+        raise InputError(f"--decay-milestones {' '.join(map(str, args.decay_milestones))}: the first one comes first")
+    step = {"step": decay, "multistep": args.decay_milestones[0]}.get(args.sched, 0)
+    if step >= length:
+        announce(f"warning: --sched {args.sched} first lowers the rate at {step:g} {unit}, and the run has {length:g}")
     optimizer = _create_optimizer(args, model, lr, fused)
     try:
         scheduler, _ = create_scheduler_v2(
@@ -87,6 +91,9 @@ def _create_optimizer(args, model: nn.Module, lr: float, fused: bool) -> torch.o
     options = {"eps": args.opt_eps, "betas": args.opt_betas, "layer_decay": args.layer_decay}
     try:
         parameters = inspect.signature(get_optimizer_class(args.opt.removeprefix("lookahead_"))).parameters
+        betas = getattr(parameters.get("betas"), "default", ())
+        if args.opt_betas and isinstance(betas, tuple) and len(args.opt_betas) != len(betas):
+            raise ValueError(f"it takes {len(betas) or 'no'} betas")
         options = {**options, "fused": True if fused and "fused" in parameters else None, **args.opt_kwargs}
         optimizer = create_optimizer_v2(
             model,

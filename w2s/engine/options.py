@@ -12,6 +12,7 @@ from w2s.engine.parsing import (
     Teachers,
     add_switch,
     backend,
+    finite,
     natural_int,
     not_empty,
     not_negative,
@@ -235,17 +236,17 @@ def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     shares = ("", "") if unit == "epochs" else (" (default: 30%% of the run)", " (default: 30%% and 60%% of the run)")
     group = parser.add_argument_group("optimiser and schedule (timm)")
     group.add_argument("--opt", default="sgd", metavar="NAME", help="any timm optimiser")
-    group.add_argument("--opt-eps", type=float, metavar="X", help="its epsilon (default: its own)")
-    group.add_argument("--opt-betas", type=float, nargs="+", metavar="X", help="its betas (default: its own)")
+    group.add_argument("--opt-eps", type=not_negative, metavar="X", help="its epsilon (default: its own)")
+    group.add_argument("--opt-betas", type=finite, nargs="+", metavar="X", help="its betas (default: its own)")
     group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="its other kwargs")
-    group.add_argument("--momentum", type=float, default=0.9, metavar="X", help="of optimisers that have one")
-    group.add_argument("--weight-decay", type=float, default=2e-5, metavar="X", help="of the weights")
-    group.add_argument("--layer-decay", type=float, metavar="X", help="factor of the rate from layer to layer down")
+    group.add_argument("--momentum", type=share, default=0.9, metavar="X", help="of optimisers that have one")
+    group.add_argument("--weight-decay", type=not_negative, default=2e-5, metavar="X", help="of the weights")
+    group.add_argument("--layer-decay", type=positive, metavar="X", help="factor of the rate from layer to layer down")
     group.add_argument("--clip-grad", type=positive, metavar="X", help="gradient clipping (default: none)")
     group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm", help="what --clip-grad bounds")
-    group.add_argument("--lr", type=float, metavar="X", help="learning rate")
+    group.add_argument("--lr", type=finite, metavar="X", help="learning rate")
     group.add_argument(
-        "--lr-base", type=float, default=0.1, metavar="X", help="lr = lr-base * global batch / lr-base-size"
+        "--lr-base", type=finite, default=0.1, metavar="X", help="lr = lr-base * global batch / lr-base-size"
     )
     group.add_argument("--lr-base-size", type=positive_int, default=256, metavar="N", help="batch of --lr-base")
     group.add_argument(
@@ -255,20 +256,20 @@ def add_optimizer_options(parser: Parser, unit: str = "epochs") -> None:
     )
     group.add_argument("--sched", default="cosine", metavar="NAME", help="timm schedule, stepped on updates")
     group.add_argument(f"--warmup-{unit}", type=not_negative, default=0, metavar="X", help="linear warm-up of the rate")
-    group.add_argument("--warmup-lr", type=float, default=1e-5, metavar="X", help="where the warm-up begins")
+    group.add_argument("--warmup-lr", type=not_negative, default=1e-5, metavar="X", help="where the warm-up begins")
     group.add_argument("--min-lr", type=not_negative, default=0.0, metavar="X", help="where the schedule ends")
     group.add_argument(
-        f"--decay-{unit}", type=float, default=decay, metavar="X", help=f"between steps of --sched step{shares[0]}"
+        f"--decay-{unit}", type=positive, default=decay, metavar="X", help=f"between steps of --sched step{shares[0]}"
     )
     group.add_argument(
         "--decay-milestones",
-        type=float,
+        type=not_negative,
         nargs="+",
         default=milestones,
         metavar="X",
         help=f"{unit} of the steps of --sched multistep{shares[1]}",
     )
-    group.add_argument("--decay-rate", type=float, default=0.1, metavar="X", help="factor of the rate at each step")
+    group.add_argument("--decay-rate", type=not_negative, default=0.1, metavar="X", help="factor of the rate at a step")
 
 
 def switch_fraction(text: str) -> float:

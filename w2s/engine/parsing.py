@@ -6,17 +6,19 @@ unknown key or a value of the wrong type is refused in the same way.
 
 import argparse
 import contextlib
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from timm.utils import ParseKwargs
 
-from w2s.engine.elsewhere import remedy
+from w2s.engine.elsewhere import remedies
 from w2s.engine.errors import InputError, did_you_mean, on_one_line
+from w2s.engine.recipe import read_recipe
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,8 +125,10 @@ class Parser(argparse.ArgumentParser):
 
     def _hint(self, name: str, dashes: str = "") -> str:
         """What was probably meant by the name of an option that does not exist."""
-        if instead := remedy(name):
-            return f": {instead}"
+        there = {*self._option_string_actions, "--mixed_precision"}  # the launcher's
+        for instead in remedies(name):
+            if there.issuperset(re.findall(r"--[\w-]+", instead)):
+                return f": {instead}"
         known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
         hint = did_you_mean(name.replace("_", "-"), known, cutoff=0.8, prefix=dashes)
         return hint or "; --help lists those there are"
@@ -132,13 +136,17 @@ class Parser(argparse.ArgumentParser):
     def _recipe_tokens(self, path: Path) -> list[str]:
         recipe = read_recipe(path)
         actions = {option[2:]: action for option, action in self._option_string_actions.items() if option[:2] == "--"}
-        tokens = []
+        tokens, seen = [], set()
         for key, value in recipe.items():
             option = str(key).replace("_", "-")
             action = actions.get(option)
-            negative = isinstance(action, Switch) and f"--{option}" != action.option_strings[0]
-            if action is None or option in ("config", "help") or negative:
+            if action is None or option in ("config", "help"):
                 raise InputError(f"{path}: unknown key '{key}'{self._hint(option)}")
+            if isinstance(action, Switch) and f"--{option}" != action.option_strings[0]:
+                raise InputError(f"{path}: write '{action.option_strings[0][2:]}: false' in place of '{key}'")
+            if action.dest in seen:
+                raise InputError(f"{path}: '{option}' is given twice")
+            seen.add(action.dest)
             tokens += _tokens(path, key, action, value)
         return tokens
 
@@ -171,25 +179,6 @@ def announce(message: str) -> None:
     """Write a line to the terminal before there is a run with a log, from the main process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(message, file=sys.stderr, flush=True)
-
-
-def read_recipe(path: Path) -> dict:
-    """The keys and values of a recipe.
-
-    Raises:
-        InputError: it cannot be read or is no mapping.
-    """
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"recipe {path} is no text file") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is no valid YAML: {on_one_line(error)}") from None
-    if not isinstance(recipe, dict):
-        raise InputError(f"{path} must be a mapping of options, not a {type(recipe).__name__}")
-    return recipe
 
 
 def _tokens(path: Path, key: str, action: argparse.Action, value: object) -> list[str]:
@@ -241,6 +230,8 @@ class KeyValues(ParseKwargs):
         except (ValueError, SyntaxError):
             raise argparse.ArgumentError(self, f"takes NAME=VALUE words, got {' '.join(values)}") from None
         pairs = getattr(namespace, self.dest)
+        if broken := [f"{k}={v}" for k, v in pairs.items() if isinstance(v, str) and v[:1] in "[({"]:
+            raise argparse.ArgumentError(self, f"takes Python literals, got {broken[0]}")
         truths = {"true": True, "false": False}  # to timm they are words, and a word counts as true
         pairs.update({k: truths[v] for k, v in pairs.items() if isinstance(v, str) and v in truths})
 
@@ -271,8 +262,10 @@ positive_int = _checked(int, lambda value: value >= 1, "a whole number of at lea
 natural_int = _checked(int, lambda value: 0 <= value < 2**32, "a whole number of 0 or more")
 share = _checked(float, lambda value: 0 <= value < 1, "a number in [0, 1)")
 probability = _checked(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
-not_negative = _checked(float, lambda value: value >= 0, "a number of 0 or more")
-positive = _checked(float, lambda value: value > 0, "a number above 0")
+part = _checked(float, lambda value: 0 < value <= 1, "a share above 0 and up to 1")
+finite = _checked(float, math.isfinite, "a finite number")
+not_negative = _checked(float, lambda value: 0 <= value < math.inf, "a number of 0 or more")
+positive = _checked(float, lambda value: 0 < value < math.inf, "a number above 0")
 not_empty = _checked(str, bool, "a name or a path (is a variable of the shell not set?)")
 rate_of_evaluations = _checked(
     _int_or_float,

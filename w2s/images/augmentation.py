@@ -21,7 +21,7 @@ def build_data_config(args, pretrained_cfg: dict) -> dict:
         pretrained_cfg: timm's description of the model, which says what is not given.
 
     Raises:
-        InputError: a mean or std of another number of channels.
+        InputError: a mean or std of another number of channels, or of another scale.
     """
     given = {name: getattr(args, name) for name in ("img_size", "in_chans", "interpolation", "crop_pct")}
     config = resolve_data_config(given, pretrained_cfg=pretrained_cfg)
@@ -30,6 +30,8 @@ def build_data_config(args, pretrained_cfg: dict) -> dict:
         values = getattr(args, name)
         if values and len(values) not in (1, args.in_chans):
             raise InputError(f"--{name} takes 1 or {args.in_chans} values, one a channel, got {len(values)}")
+        if values and not 0 <= min(values) <= max(values) <= 1:
+            raise InputError(f"--{name} {' '.join(map(str, values))}: of pixels from 0 to 1, so divide by 255")
         values = tuple(values or config[name])
         if len(values) != args.in_chans:  # one value for all channels, or RGB statistics averaged for grey images
             values = (sum(values) / len(values),) * args.in_chans
@@ -51,6 +53,9 @@ def classification_transform(args, data_config: dict) -> Callable:
     Raises:
         InputError: timm does not know one of the values.
     """
+    for option, (low, high) in {"--scale": args.scale, "--ratio": args.ratio}.items():
+        if low > high:
+            raise InputError(f"{option} {low:g} {high:g}: the lower one comes first")
     try:
         stages = create_transform(
             data_config["input_size"],
@@ -68,7 +73,8 @@ def classification_transform(args, data_config: dict) -> Callable:
             separate=not args.no_aug,
         )
     except Exception as error:  # timm checks --aa and the like by assertion and look-up
-        raise _cannot_build(error) from None
+        names = {"--aa": "aa", "--train-interpolation": "train_interpolation", "--interpolation": "interpolation"}
+        raise _cannot_build(error, {option: getattr(args, name) for option, name in names.items()}) from None
     if args.no_aug:
         return _with_pixels(stages)
     crop, colour, _ = stages
@@ -96,7 +102,7 @@ def eval_transform(data_config: dict) -> Callable:
     try:
         return _with_pixels(create_transform(is_training=False, use_prefetcher=True, **options))
     except Exception as error:
-        raise _cannot_build(error) from None
+        raise _cannot_build(error, {"--interpolation": data_config["interpolation"]}) from None
 
 
 def cached_transform(args, data_config: dict) -> Callable:
@@ -108,10 +114,11 @@ def cached_transform(args, data_config: dict) -> Callable:
 
 def _resize(args, data_config: dict) -> transforms.Resize:
     """What gives --pad-crop an image of the size of the run. Raises InputError for "random" interpolation."""
+    mode = args.train_interpolation or data_config["interpolation"]
     try:
-        interpolation = transforms.InterpolationMode(args.train_interpolation or data_config["interpolation"])
+        interpolation = transforms.InterpolationMode(mode)
     except ValueError as error:
-        raise _cannot_build(error) from None
+        raise _cannot_build(error, {"--train-interpolation": mode}) from None
     return transforms.Resize(list(data_config["input_size"][-2:]), interpolation)
 
 
@@ -186,5 +193,7 @@ def build_criterion(args) -> nn.Module:
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
-def _cannot_build(error: Exception) -> InputError:
-    return InputError(f"cannot build the transforms: {type(error).__name__}: {on_one_line(error)}")
+def _cannot_build(error: Exception, given: dict[str, object]) -> InputError:
+    """What timm or torchvision raised over options with these values."""
+    words = ", ".join(f"{option} {value}" for option, value in given.items() if value is not None)
+    return InputError(f"cannot build the transforms ({words}): {type(error).__name__}: {on_one_line(error)}")

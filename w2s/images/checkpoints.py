@@ -16,6 +16,7 @@ WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 # where a checkpoint keeps its weights; a moving average comes before the weights that it averages
 PARTS = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema", "state_dict", "model_state_dict")
 PARTS += ("params", "model", "module", "net", "weights")
+LFS = b"version https://git-lfs"  # how the pointer begins that a clone has in place of a file
 PREFIXES = ("module.", "model.")  # of DistributedDataParallel and of AveragedModel, and of a Lightning module's model
 
 
@@ -43,6 +44,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"no weights file {path}")
     if path.stat().st_size == 0:
         raise InputError(f"cannot read weights {path}: the file is empty")
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise InputError(f"cannot read weights {path}: Git LFS keeps them elsewhere; run git lfs pull there")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
@@ -51,7 +55,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated zip, bad header, pickled code: torch and safetensors raise many kinds
         reason = f"{type(error).__name__}: {first_line(error)}"
-        if isinstance(error, pickle.UnpicklingError):
+        if isinstance(error, pickle.UnpicklingError | KeyError):  # the latter of a text
             reason = "it holds more than tensors, or is no weights file; save the state_dict alone, as .safetensors"
         raise InputError(f"cannot read weights {path}: {reason}") from None
     weights = _find_weights(content)
@@ -60,6 +64,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise InputError(
             f"cannot read weights {path}: it holds no state_dict, that is, no tensors by name, but {holds}"
         )
+    if broken := [name for name, tensor in weights.items() if tensor.isnan().any()]:  # a mask may be infinite
+        raise InputError(f"{path} holds NaN in {len(broken)} of {len(weights)} tensors (first: {broken[0]})")
     options = content.get("args")
     options = vars(options) if isinstance(options, argparse.Namespace) else {}
     arch, model_kwargs = content.get("arch"), options.get("model_kwargs")

@@ -189,6 +189,8 @@ def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, np.nda
     num_classes = args.num_classes or len(names) or None
     targets = targets_of(train, args.train_split, num_classes)
     num_classes = num_classes or int(targets.max()) + 1
+    if num_classes < 2:
+        raise InputError(f"only one class in split '{args.train_split}': images belong into FOLDER/train/CLASS/")
     _refuse_empty_classes(targets, args.train_split, num_classes=num_classes, names=names)
     if args.val_split == SWITCH:
         return train, targets, train, targets, num_classes

@@ -55,6 +55,7 @@ def create_model(
         raise
     except Exception as error:  # timm raises whatever its constructors and the hub raise
         what = f"cannot load pretrained weights of '{name}'" if pretrained else f"cannot build model '{name}'"
+        what += f" with {', '.join(f'{k}={v!r}' for k, v in model_kwargs.items())}" if model_kwargs else ""
         raise InputError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
     model.timm_kwargs = {k: v for k, v in kwargs.items() if k != "in_chans" or v != 3}  # for `export`
     return model
@@ -108,7 +109,9 @@ def small_stem(pretrained: bool = False, base: str = "resnet18", **kwargs) -> nn
     return model
 
 
-def classifier_flops(model: nn.Module, image_shape: tuple[int, int, int], *, batch: int, train: bool) -> int:
+def classifier_flops(
+    model: nn.Module, image_shape: tuple[int, int, int], *, batch: int, train: bool, counted: int = 2
+) -> int:
     """FLOPs of a forward, or if `train` of a forward and a backward, on a batch of images.
 
     They are counted on the meta device, where nothing is computed.
@@ -118,28 +121,37 @@ def classifier_flops(model: nn.Module, image_shape: tuple[int, int, int], *, bat
         image_shape: (C, H, W).
         batch: how many images.
         train: count as in training mode, and the backward, too.
+        counted: on so many images.
     """
     model = copy.deepcopy(model).to("meta").train(train)
-    images = torch.empty(2, *image_shape, device="meta")
+    images = torch.empty(counted, *image_shape, device="meta")
 
     def step() -> None:
         logits = model(images)
         if train:
             logits.sum().backward()
 
-    return count_flops(step) * batch // 2
+    return count_flops(step) * batch // counted
 
 
-def student_flops(model: nn.Module, image_shape: tuple[int, int, int], *, batch: int, name: str) -> int:
-    """FLOPs of an update of `batch` images of shape (C, H, W); `name` is what a message calls the model.
+def student_flops(args, model: nn.Module, image_shape: tuple[int, int, int], *, batch: int) -> int:
+    """FLOPs of an update.
+
+    Args:
+        args: resolved options; this reads --batch-size and, for the error, --model.
+        model: the student.
+        image_shape: (C, H, W).
+        batch: the images of an update.
 
     Raises:
-        InputError: the images are too small for its strides, or not of the size it was built for.
+        InputError: the images are too small for its strides, or not of the size it was built for, or a micro-batch of
+            one is too little for BatchNorm.
     """
     try:
-        return classifier_flops(model, image_shape, batch=batch, train=True)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"{name} cannot be trained on images of {image_shape[-1]} px: {first_line(error)}") from None
+        return classifier_flops(model, image_shape, batch=batch, train=True, counted=min(2, args.batch_size))
+    except Exception as error:  # also of wrong --model-kwargs, some of which show only here
+        size = f"{image_shape[-1]} px" + (", one at a time" if args.batch_size == 1 else "")
+        raise InputError(f"--model {args.model} cannot be trained on images of {size}: {first_line(error)}") from None
 
 
 def checkpoint_gradients(model: nn.Module) -> None:

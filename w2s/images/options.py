@@ -5,9 +5,11 @@ from w2s.engine.parsing import (
     KeyValues,
     Parser,
     add_switch,
+    finite,
     natural_int,
     not_empty,
     not_negative,
+    part,
     positive,
     positive_int,
     probability,
@@ -72,7 +74,9 @@ def add_classifier_training_options(parser: Parser) -> None:
     group = add_training_options(parser, epochs=100, batch_size=128)
     group.add_argument("--smoothing", type=share, default=0.1, metavar="X", help="of the labels")
     add_switch(group, "--bce-loss", "binary cross entropy instead of softmax cross entropy")
-    group.add_argument("--bce-target-thresh", type=float, metavar="X", help="binarise targets above X for --bce-loss")
+    group.add_argument(
+        "--bce-target-thresh", type=probability, metavar="X", help="binarise targets above X for --bce-loss"
+    )
 
 
 def add_augmentation_options(parser: Parser) -> None:
@@ -81,7 +85,7 @@ def add_augmentation_options(parser: Parser) -> None:
     add_switch(group, "--no-aug", "no augmentation at all")
     group.add_argument("--pad-crop", type=natural_int, metavar="N", help="for small images: pad by N, crop, flip")
     group.add_argument(
-        "--scale", type=float, nargs=2, default=[0.08, 1.0], metavar="X", help="area of a random crop: LOW HIGH"
+        "--scale", type=part, nargs=2, default=[0.08, 1.0], metavar="X", help="area of a random crop: LOW HIGH"
     )
     group.add_argument(
         "--ratio", type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="its aspect (default: 3/4 to 4/3)"
@@ -90,7 +94,9 @@ def add_augmentation_options(parser: Parser) -> None:
         "--hflip", type=probability, metavar="P", help="of a horizontal flip (default: 0.5; 0 for digits)"
     )
     group.add_argument("--vflip", type=probability, default=0.0, metavar="P", help="of a vertical flip")
-    group.add_argument("--color-jitter", type=float, default=0.4, metavar="X", help="strength of the colour jitter")
+    group.add_argument(
+        "--color-jitter", type=not_negative, default=0.4, metavar="X", help="strength of the colour jitter"
+    )
     group.add_argument("--aa", metavar="POLICY", help="AutoAugment or RandAugment, e.g. rand-m9-mstd0.5")
     group.add_argument("--reprob", type=probability, default=0.0, metavar="P", help="of random erasing")
     group.add_argument(
@@ -105,11 +111,11 @@ def add_augmentation_options(parser: Parser) -> None:
     group.add_argument(
         "--mixup-mode", choices=["batch", "pair", "elem"], default="batch", help="what shares one mixing ratio"
     )
-    group.add_argument("--mixup-off-epoch", type=int, default=0, metavar="N", help="no mixing from there on; 0: never")
+    group.add_argument(
+        "--mixup-off-epoch", type=natural_int, default=0, metavar="N", help="no mixing from there on; 0: never"
+    )
     group.add_argument("--train-interpolation", metavar="MODE", help="of training images (default: as --interpolation)")
     group.add_argument("--interpolation", metavar="MODE", help="of resized images (default: the model's)")
-    group.add_argument(
-        "--crop-pct", type=float, metavar="X", help="of evaluation (default: the model's; 1 up to 64 px)"
-    )
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="of the pixels (default: the model's)")
+    group.add_argument("--crop-pct", type=part, metavar="X", help="of evaluation (default: the model's; 1 up to 64 px)")
+    group.add_argument("--mean", type=finite, nargs="+", metavar="X", help="of the pixels (default: the model's)")
     group.add_argument("--std", type=positive, nargs="+", metavar="X", help="of the pixels (default: the model's)")

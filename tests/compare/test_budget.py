@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from compare.folders import TEACHER, write_run
+from compare.folders import ENVIRONMENT, TEACHER, write_run
 
 from w2s.compare.__main__ import main
 from w2s.compare.budget import iso_quality
@@ -119,6 +119,24 @@ def test_a_reference_whose_costs_are_not_known_gives_no_figure(tmp_path):
     assert speedup["train_seconds"]["geometric_mean"] == pytest.approx(2.0)
     for axis in ("pflops", "train_seconds_paid"):
         assert (speedup[axis]["geometric_mean"], speedup[axis]["at_least"]) == (None, None)
+
+
+def test_seconds_of_two_kinds_of_devices_are_left_out(tmp_path, capsys):
+    write_arm(tmp_path / "alone", {2: [40], 4: [50]})
+    write_arm(tmp_path / "taught", {2: [50], 4: [60]}, teacher=TEACHER)
+    other = ENVIRONMENT | {"device": "Xeon, 2 cores"}
+    for arm, end in (("alone", 60), ("taught", 70)):
+        write_arm(tmp_path / arm, {8: [end]}, environment=other, teacher=TEACHER if arm == "taught" else None)
+    assert compare(tmp_path) == 2
+    assert "device: 'cpu, 2 cores'" in capsys.readouterr().err
+    assert compare(tmp_path, "--allow", "device") == 0
+    result = json.loads((tmp_path / "out" / "budget.json").read_text())
+    speedup = result["budgets"]["8"]["speedup"]["taught"]
+    assert speedup["epoch"]["geometric_mean"] == speedup["pflops"]["geometric_mean"] == pytest.approx(2.0)
+    assert not result["timed"] and speedup["train_seconds"]["geometric_mean"] is None
+    report = (tmp_path / "out" / "budget.md").read_text()
+    assert "with 8 epochs, 2.00x in epochs and 2.00x in PFLOPs." in report and "in train seconds" not in report
+    assert "Seconds are left out" in report
 
 
 def test_a_run_without_a_recorded_length_is_refused(tmp_path, capsys):

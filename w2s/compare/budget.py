@@ -36,7 +36,7 @@ def compare_budgets(
         What budget.json holds: task, metric, mode, reference; `budgets[length]["final"][arm]` as `summarise` gives it,
         `["gain"][arm]`, `["cost"][arm][axis]`, `["tuned"][arm]` (the settings of its own) and
         `["speedup"][arm][axis]`: the iso-quality speedup at the quality that the reference ends with, see
-        `iso_quality`.
+        `iso_quality`. With `allow` for another device there are no seconds, and `timed` is False.
 
     Raises:
         ValueError: the runs may not be compared, or there are fewer than two lengths.
@@ -56,7 +56,8 @@ def compare_budgets(
         differences |= set(check_comparable(same, allow=(*tuned, *allow)))
     facts = arms[reference][0].summary
     metric, mode = facts["metric"], facts["mode"]
-    points = {arm: _points_by_seed(by_length[arm], metric) for arm in arms}
+    timed = len({common_settings(run)["device"] for group in arms.values() for run in group}) == 1
+    points = {arm: _points_by_seed(by_length[arm], metric, timed=timed) for arm in arms}
     budgets = {}
     for index, length in enumerate(lengths):
         groups = {arm: by_length[arm][length] for arm in arms}
@@ -79,6 +80,7 @@ def compare_budgets(
         "reference": reference,
         "arms": {arm: [run.summary["name"] for run in group] for arm, group in arms.items()},
         "differences": sorted(differences),
+        "timed": timed,
         "margin": margin,
         "budgets": budgets,
     }
@@ -182,8 +184,8 @@ def _check_same_budgets(by_length: dict[str, dict[float, list[RunFolder]]]) -> N
                 raise ValueError(f"{arm} at {length:g} has the seeds {found}, where others have {seeds}")
 
 
-def _points_by_seed(lengths: dict[float, list[RunFolder]], metric: str) -> dict:
-    """Quality and costs of each seed by rising budget."""
+def _points_by_seed(lengths: dict[float, list[RunFolder]], metric: str, *, timed: bool) -> dict:
+    """Quality and costs of each seed by rising budget, in seconds only if `timed`."""
     points: dict = {}
     for length in sorted(lengths):
         for run in lengths[length]:
@@ -191,7 +193,7 @@ def _points_by_seed(lengths: dict[float, list[RunFolder]], metric: str) -> dict:
             final = run.rows[-1][metric]
             point["quality"].append(math.nan if final is None else final)
             for axis, cost in _costs(run).items():
-                point[axis].append(cost)
+                point[axis].append(cost if timed or "seconds" not in axis else None)
     return points
 
 

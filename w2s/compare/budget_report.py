@@ -26,6 +26,8 @@ def budget_report(result: dict, command: str) -> str:
     """The comparison as Markdown: the sentence, the curves, one table, and how to read them."""
     blocks = [f"# Quality against budget: {result['task']}, {result['metric']}", f"**{budget_verdict(result)}**"]
     blocks += ["![budget](budget.png)", markdown_table(budget_table(result)), NOTE]
+    if not result["timed"]:
+        blocks.append("Seconds are left out, since not all runs were made on the same kind of device.")
     if result["differences"]:
         blocks.append("Allowed to differ, beside what is tuned: " + "; ".join(result["differences"]) + ".")
     return "\n\n".join([*blocks, f"This report: `{command}`"]) + "\n"
@@ -38,9 +40,10 @@ def budget_verdict(result: dict) -> str:
     parts = []
     for length, entry in result["budgets"].items():
         speedup = entry["speedup"][arm]
-        epochs, seconds = (speedup_text(speedup[axis]) for axis in ("epoch", "train_seconds"))
+        other = ("train_seconds", "train seconds") if result["timed"] else ("pflops", "PFLOPs")
+        epochs, cost = (speedup_text(speedup[axis]) for axis in ("epoch", other[0]))
         budget = f"{length} {unit}{'' if length == '1' else 's'}"
-        parts.append(f"with {budget}, {epochs} in {unit}s and {seconds} in train seconds")
+        parts.append(f"with {budget}, {epochs} in {unit}s and {cost} in {other[1]}")
     return f"Iso-quality speedup of {arm} over {reference} at its final {result['metric']}: " + "; ".join(parts) + "."
 
 
@@ -58,8 +61,14 @@ def speedup_text(speedup: dict) -> str:
 def budget_table(result: dict) -> Table:
     """One row per budget and arm: what it was tuned to, its final metric, the gain, and the iso-quality speedups."""
     metric, reference = result["metric"], result["reference"]
-    header = ["budget", "arm", "settings", f"final {metric}", "gain", "in epochs", "in train seconds", "in PFLOPs"]
-    header += ["in train seconds, teacher paid"]
+    columns = {
+        "epoch": "in epochs",
+        "train_seconds": "in train seconds",
+        "pflops": "in PFLOPs",
+        "train_seconds_paid": "in train seconds, teacher paid",
+        "pflops_paid": "in PFLOPs, teacher paid",
+    }
+    columns = {axis: name for axis, name in columns.items() if result["timed"] or "seconds" not in axis}
     rows = []
     for length, entry in result["budgets"].items():
         for arm in result["arms"]:
@@ -69,21 +78,20 @@ def budget_table(result: dict) -> Table:
             tuned = ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
             row = [length, arm, tuned, number_text(entry["final"][arm]["median"])]
             if arm == reference:
-                row += [""] * 5
+                row += [""] * (1 + len(columns))
             else:
                 gain, speedup = entry["gain"][arm], entry["speedup"][arm]
                 row.append(f"{number_text(gain['mean'])} ({interval_text(gain['interval'])})")
-                axes = ("epoch", "train_seconds", "pflops", "train_seconds_paid")
-                row += [speedup_text(speedup[axis]) for axis in axes]
+                row += [speedup_text(speedup[axis]) for axis in columns]
             rows.append(row)
-    return Table(header, rows)
+    return Table(["budget", "arm", "settings", f"final {metric}", "gain", *columns.values()], rows)
 
 
 def draw_budgets(result: dict, file: BinaryIO) -> None:
     """Draw final quality over budget as a PNG, on each axis of cost: each run a point, medians joined."""
     from matplotlib.figure import Figure  # slow to import: not before the input is checked
 
-    axes = ("epoch", "train_seconds", "pflops")
+    axes = ("epoch", "train_seconds", "pflops") if result["timed"] else ("epoch", "pflops")
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     for panel, axis in zip(figure.subplots(1, len(axes), sharey=True), axes, strict=True):
         for index, arm in enumerate(result["arms"]):

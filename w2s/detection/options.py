@@ -255,8 +255,6 @@ def check_augmentation(args: argparse.Namespace) -> None:
     Raises:
         InputError: an impossible value, or options that exclude each other.
     """
-    if not 0 <= args.hflip <= 1:
-        raise InputError(f"--hflip {args.hflip:g}: a probability lies in [0, 1]")
     if args.lsj and args.lsj < SMALLEST_CANVAS:
         raise InputError(f"--lsj {args.lsj}: images shrink to a tenth of it; give at least {SMALLEST_CANVAS} pixels")
     if args.scale_jitter and args.scale_jitter[0] < SMALLEST_SIDE:

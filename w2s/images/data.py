@@ -86,6 +86,8 @@ def load_data(args, data_config: dict, accelerator: Accelerator, *, cache: str) 
         return _load_stream(args, data_config, accelerator, cache=cache)
     mode = image_mode(args.in_chans)
     dataset, targets, report, report_targets, num_classes = _open_checked(args, mode)
+    if num_classes < 2:
+        raise InputError(f"only one class in split '{args.train_split}': images belong in FOLDER/train/CLASS/")
     train_rows, switch_rows = stratified_split(
         targets,
         num_classes=num_classes,
@@ -189,8 +191,6 @@ def _open_checked(args, mode: str) -> tuple[Dataset, np.ndarray, Dataset, np.nda
     num_classes = args.num_classes or len(names) or None
     targets = targets_of(train, args.train_split, num_classes)
     num_classes = num_classes or int(targets.max()) + 1
-    if num_classes < 2:
-        raise InputError(f"only one class in split '{args.train_split}': images belong into FOLDER/train/CLASS/")
     _refuse_empty_classes(targets, args.train_split, num_classes=num_classes, names=names)
     if args.val_split == SWITCH:
         return train, targets, train, targets, num_classes

@@ -441,7 +441,7 @@ def test_a_non_finite_loss_ends_the_run(digits_det, tmp_path):
         ("--data {data} --batch-size 64", "fewer than one update of 64"),
         ("--data {data} --lsj 64 --scale-jitter 32 64", "exclude each other"),
         ("--data {data} --hflip 2", r"--hflip: takes a number in \[0, 1\], got 2"),
-        ("--data {data} --anchor-scale 0", "--anchor-scale: takes a number above 0, got 0"),
+        ("--data {data} --anchor-scale 0", "--anchor-scale: takes a finite number above 0, got 0"),
         ("--data {data} --detector-kwargs num_classes=7", "'num_classes' follows from the other options"),
         ("--data {data} --scale-jitter 64 32", "takes LOW and HIGH"),
         ("--data {data} --scale-jitter 1 32", "--scale-jitter 1: give at least 32 pixels"),

@@ -491,7 +491,7 @@ def test_steps_of_the_learning_rate_are_shares_of_the_run():
     assert rates("--updates 20 --sched step") == [1.0] * 6 + [0.5] * 6 + [0.25] * 6 + [0.125] * 2
     assert rates("--updates 20 --sched multistep") == [1.0] * 5 + [0.5] * 6 + [0.25] * 9  # timm is one update early
     assert rates("--updates 5 --sched step --decay-updates 2") == [1.0, 1.0, 0.5, 0.5, 0.25]
-    with pytest.raises(InputError, match="--decay-updates: takes a number above 0"):
+    with pytest.raises(InputError, match="--decay-updates: takes a finite number above 0"):
         rates("--updates 5 --decay-updates 0")
 
 

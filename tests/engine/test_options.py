@@ -120,8 +120,9 @@ def test_keys_that_make_no_sense_in_a_recipe_are_refused(recipe, key):
 
 @pytest.mark.parametrize(("key", "meant"), [("no-dry-run", "dry-run"), ("no_kd_fade", "kd-fade"), ("aug", "no-aug")])
 def test_the_opposite_of_a_switch_is_refused_with_what_a_recipe_says_instead(recipe, key, meant):
-    with refused("recipe.yaml", f"write '{meant}: false'", f"'{key}'"):
-        parse("-c", recipe(f"{key}: true"))
+    for value, opposite in (("true", "false"), ("false", "true")):
+        with refused("recipe.yaml", f"write '{meant}: {opposite}'", f"'{key}'"):
+            parse("-c", recipe(f"{key}: {value}"))
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,22 @@ def test_the_opposite_of_a_switch_is_refused_with_what_a_recipe_says_instead(rec
 def test_a_key_that_is_given_twice_is_refused(recipe, text):
     with refused("recipe.yaml"):
         parse("-c", recipe(text))
+
+
+def test_a_merged_mapping_may_be_overridden(recipe):
+    args = parse("-c", recipe("model-kwargs:\n  <<: {depth: 2, num_heads: 4}\n  depth: 3\n"))
+    assert args.model_kwargs == {"depth": 3, "num_heads": 4}
+
+
+@pytest.mark.parametrize("text", ["lr: {{ lr }}\n", "[1, 2]: 3\n"])
+def test_a_key_that_can_be_none_is_refused(recipe, text):
+    with refused("recipe.yaml", "no valid YAML"):
+        parse("-c", recipe(text))
+
+
+def test_a_keyword_may_be_an_empty_string(recipe):
+    assert parse("-c", recipe("model-kwargs: {stem_type: ''}\n")).model_kwargs == {"stem_type": ""}
+    assert parse("--model-kwargs", "stem_type=").model_kwargs == {"stem_type": ""}
 
 
 def test_a_key_that_is_given_twice_in_a_mapping_is_refused(recipe):

@@ -338,6 +338,16 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, suffix):
         load_weights(model_of(), path)
 
 
+def test_what_is_not_of_the_model_or_no_ordinary_float_may_be_no_number(tmp_path):
+    state = {f"model.{name}": tensor for name, tensor in model_of().state_dict().items()}
+    state |= {"best": torch.tensor(math.nan)}  # of a metric
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2.5"}, tmp_path / "w.pth")
+    load_weights(model_of(seed=1), tmp_path / "w.pth")
+    torch.save({"a": torch.empty(2, device="meta"), "b": torch.eye(2).to_sparse_csr()}, tmp_path / "odd.pth")
+    with refused("of another architecture"):
+        load_weights(model_of(), tmp_path / "odd.pth")
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_pointer_of_git_lfs_is_no_weights_file(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"

@@ -60,6 +60,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--project", default="w2s", help="W&B project (w2s)")
     parser.add_argument("--group", help="W&B group (default: that of the runs, else the folder in --out)")
     args, unknown = parser.parse_known_args(argv)
+    if unknown and unknown[0].startswith("-"):
+        raise ValueError(f"unknown option {unknown[0]}; --help lists those there are")
     if unknown:
         raise ValueError(f"'{unknown[0]}' belongs to no option; the runs follow --baseline and --treated, or --arm")
     if bool(args.arm) == bool(args.baseline or args.treated) or bool(args.baseline) != bool(args.treated):

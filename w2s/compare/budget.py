@@ -44,16 +44,9 @@ def compare_budgets(
     reference, *others = arms
     by_length = {arm: _by_length(group) for arm, group in arms.items()}
     lengths = sorted(by_length[reference])
-    _check_same_budgets(by_length)
-    _check_lengths(arms, allow)
-    for arm, group in arms.items():
-        check_teaching(arm, group, free=WINDOW_OPTIONS)
     known = common_settings(arms[reference][0])
     tuned = tuple(name for name in TUNED_OPTIONS if name in known)
-    differences = set()
-    for length in lengths:
-        same = {arm: by_length[arm][length] for arm in arms}
-        differences |= set(check_comparable(same, allow=(*tuned, *allow)))
+    differences = _check_budgets(arms, by_length, tuned=tuned, allow=allow)
     facts = arms[reference][0].summary
     metric, mode = facts["metric"], facts["mode"]
     timed = len({common_settings(run)["device"] for group in arms.values() for run in group}) == 1
@@ -79,7 +72,7 @@ def compare_budgets(
         "mode": mode,
         "reference": reference,
         "arms": {arm: [run.summary["name"] for run in group] for arm, group in arms.items()},
-        "differences": sorted(differences),
+        "differences": differences,
         "timed": timed,
         "margin": margin,
         "budgets": budgets,
@@ -158,12 +151,23 @@ def _by_length(group: list[RunFolder]) -> dict[float, list[RunFolder]]:
     return lengths
 
 
-def _check_lengths(arms: dict[str, list[RunFolder]], allow: tuple[str, ...]) -> None:
-    """Refuse runs of different lengths that differ in more than their length and their tuned settings."""
-    runs = [run for group in arms.values() for run in group]
-    free = {*LENGTH_OPTIONS, *TUNED_OPTIONS, *allow}
-    if refused := [text for name, text in differing_settings(runs).items() if name not in free]:
+def _check_budgets(
+    arms: dict[str, list[RunFolder]],
+    by_length: dict[str, dict[float, list[RunFolder]]],
+    *,
+    tuned: tuple[str, ...],
+    allow: tuple[str, ...],
+) -> list[str]:
+    """Refuse runs that differ in more than their length and what is `tuned`; the differences that `allow` let pass."""
+    _check_same_budgets(by_length)
+    differences = differing_settings([run for group in arms.values() for run in group])
+    if refused := [text for name, text in differences.items() if name not in {*LENGTH_OPTIONS, *tuned, *allow}]:
         raise ValueError(f"the runs differ in {refused[0]}")
+    for arm, group in arms.items():
+        check_teaching(arm, group, free=WINDOW_OPTIONS)
+    for length in next(iter(by_length.values())):
+        check_comparable({arm: by_length[arm][length] for arm in arms}, allow=(*tuned, *allow))
+    return [text for name, text in differences.items() if name in allow]
 
 
 def _check_same_budgets(by_length: dict[str, dict[float, list[RunFolder]]]) -> None:

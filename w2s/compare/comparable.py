@@ -161,7 +161,7 @@ def choose_targets(runs: list[RunFolder], given: list[float] | None = None) -> l
     by_key = {target_key(target): target for target in targets}
     best = max((run.summary["best"] or 0 for run in runs if run.summary["mode"] == "max"), default=0)
     for target in given or []:
-        if 0 < target < 1 < best <= 100:
+        if 0 < target < 1 and 2 < best <= 100:
             raise ValueError(f"--target {target:g}: {target:g} percent? Write {100 * target:g}")
     if not by_key:
         raise ValueError("no targets: --target gives them")

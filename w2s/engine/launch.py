@@ -79,8 +79,8 @@ def build_accelerator(folder: Path, trackers: list[str] | None, *, timeout: floa
     # torch's fused attention for CPUs takes some twenty times as long for its backward in bf16 as in float32
     slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
     torch.backends.cuda.enable_flash_sdp(not slow)  # says the same of CPUs
-    if accelerator.device.type == "cpu":  # what torch does instead computes in float32, timm's attention in bf16
-        set_fused_attn(not slow)
+    if accelerator.device.type == "cpu":  # without flash, torch computes attention in float32, timm's own code in bf16
+        set_fused_attn(not slow and os.environ.get("TIMM_FUSED_ATTN") != "0")
     return accelerator
 
 

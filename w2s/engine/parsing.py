@@ -143,7 +143,8 @@ class Parser(argparse.ArgumentParser):
             if action is None or option in ("config", "help"):
                 raise InputError(f"{path}: unknown key '{key}'{self._hint(option)}")
             if isinstance(action, Switch) and f"--{option}" != action.option_strings[0]:
-                raise InputError(f"{path}: write '{action.option_strings[0][2:]}: false' in place of '{key}'")
+                meant = f"{action.option_strings[0][2:]}: {'true' if value is False else 'false'}"
+                raise InputError(f"{path}: write '{meant}' in place of '{key}'")
             if action.dest in seen:
                 raise InputError(f"{path}: '{option}' is given twice")
             seen.add(action.dest)
@@ -230,7 +231,7 @@ class KeyValues(ParseKwargs):
         except (ValueError, SyntaxError):
             raise argparse.ArgumentError(self, f"takes NAME=VALUE words, got {' '.join(values)}") from None
         pairs = getattr(namespace, self.dest)
-        if broken := [f"{k}={v}" for k, v in pairs.items() if isinstance(v, str) and v[:1] in "[({"]:
+        if broken := [f"{k}={v}" for k, v in pairs.items() if isinstance(v, str) and v.startswith(("[", "(", "{"))]:
             raise argparse.ArgumentError(self, f"takes Python literals, got {broken[0]}")
         truths = {"true": True, "false": False}  # to timm they are words, and a word counts as true
         pairs.update({k: truths[v] for k, v in pairs.items() if isinstance(v, str) and v in truths})
@@ -264,8 +265,8 @@ share = _checked(float, lambda value: 0 <= value < 1, "a number in [0, 1)")
 probability = _checked(float, lambda value: 0 <= value <= 1, "a number in [0, 1]")
 part = _checked(float, lambda value: 0 < value <= 1, "a share above 0 and up to 1")
 finite = _checked(float, math.isfinite, "a finite number")
-not_negative = _checked(float, lambda value: 0 <= value < math.inf, "a number of 0 or more")
-positive = _checked(float, lambda value: 0 < value < math.inf, "a number above 0")
+not_negative = _checked(float, lambda value: 0 <= value < math.inf, "a finite number of 0 or more")
+positive = _checked(float, lambda value: 0 < value < math.inf, "a finite number above 0")
 not_empty = _checked(str, bool, "a name or a path (is a variable of the shell not set?)")
 rate_of_evaluations = _checked(
     _int_or_float,

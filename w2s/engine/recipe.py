@@ -14,8 +14,12 @@ class _EachKeyOnce(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys: set[Hashable] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<, whose keys may be overridden
+                continue
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in keys:
+            if not isinstance(key, Hashable):
+                break  # PyYAML refuses it below
+            if key in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", key_node.start_mark)
             keys.add(key)
         return super().construct_mapping(node, deep)

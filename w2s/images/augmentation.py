@@ -31,7 +31,8 @@ def build_data_config(args, pretrained_cfg: dict) -> dict:
         if values and len(values) not in (1, args.in_chans):
             raise InputError(f"--{name} takes 1 or {args.in_chans} values, one a channel, got {len(values)}")
         if values and not 0 <= min(values) <= max(values) <= 1:
-            raise InputError(f"--{name} {' '.join(map(str, values))}: of pixels from 0 to 1, so divide by 255")
+            hint = "; divide by 255" if max(values) > 2 else ""
+            raise InputError(f"--{name} {' '.join(map(str, values))}: pixels lie in 0 to 1{hint}")
         values = tuple(values or config[name])
         if len(values) != args.in_chans:  # one value for all channels, or RGB statistics averaged for grey images
             values = (sum(values) / len(values),) * args.in_chans

@@ -64,13 +64,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise InputError(
             f"cannot read weights {path}: it holds no state_dict, that is, no tensors by name, but {holds}"
         )
-    if broken := [name for name, tensor in weights.items() if tensor.isnan().any()]:  # a mask may be infinite
+    weights = _without_prefixes(weights, is_lightning="pytorch-lightning_version" in content)
+    if broken := [name for name, tensor in weights.items() if _holds_nan(tensor)]:
         raise InputError(f"{path} holds NaN in {len(broken)} of {len(weights)} tensors (first: {broken[0]})")
     options = content.get("args")
     options = vars(options) if isinstance(options, argparse.Namespace) else {}
     arch, model_kwargs = content.get("arch"), options.get("model_kwargs")
     return Checkpoint(
-        weights=_without_prefixes(weights, is_lightning="pytorch-lightning_version" in content),
+        weights=weights,
         arch=arch if isinstance(arch, str) else None,
         model_kwargs=model_kwargs if isinstance(model_kwargs, dict) else {},
     )
@@ -94,6 +95,12 @@ def _find_weights(content: object) -> Mapping[str, Tensor] | None:
             return _find_weights(content[part])
     is_weights = all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in content.items())
     return content if is_weights else None
+
+
+def _holds_nan(tensor: Tensor) -> bool:
+    """Whether a tensor of ordinary floats holds a NaN; infinity is no fault, as in a mask."""
+    plain = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+    return plain and bool(tensor.isnan().any())
 
 
 def _without_prefixes(weights: Mapping[str, Tensor], is_lightning: bool) -> dict[str, Tensor]:

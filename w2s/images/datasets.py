@@ -71,9 +71,11 @@ def open_dataset(
         reader.cache_tarfiles = False  # threads and forked workers would share one file and its position in it
     if hasattr(reader, "samples") and os.path.isdir(data_dir) and os.path.samefile(reader.root, data_dir):
         # where timm finds no folder of the split, it takes all images below `data_dir`
-        there = ", ".join(sorted(entry.name for entry in os.scandir(data_dir) if entry.is_dir()))
+        names = sorted(entry.name for entry in os.scandir(data_dir) if entry.is_dir() and entry.name[0] != ".")
+        there = f", but {', '.join(names[:5])}{', ...' if names[5:] else ''}" if names else ""
         raise InputError(
-            f"{data_dir} has no folder for the split '{split}', but {there}; see --train-split, --val-split"
+            f"{data_dir} has no folder for the split '{split}'{there}; images belong in {split}/CLASS/, or see "
+            "--train-split and --val-split"
         )
     _check_columns(reader, dataset, labelled)
     return opened

@@ -354,7 +354,8 @@ def test_help_lists_every_option_once_with_its_text_and_its_default(script_parse
 
 def test_names_of_other_trainers_are_no_options_here(script_parser):
     known = {option.lstrip("-") for action in script_parser._actions for option in action.option_strings}
-    assert known & set(REMEDIES) <= {"epochs"}  # of diffusion, which counts in updates
+    others = {"data-dir", "dataset", "epochs", "eval-interval", "evals-per-epoch"}  # some scripts have them
+    assert known & set(REMEDIES) <= others
 
 
 @pytest.mark.parametrize(
@@ -364,12 +365,27 @@ def test_names_of_other_trainers_are_no_options_here(script_parser):
         ("--val-interval", "--evals-per-epoch", "--evals-per-epoch", "--eval-interval"),
         ("--dist-bn", "--sync-bn", "--sync-bn", "--help"),
         ("--lr-steps", "--decay-milestones", "--decay-milestones", "--decay-milestones"),
+        ("--data-path", "is --data-dir", "is --data", "is --data-dir"),
     ],
 )
 def test_what_is_named_in_place_of_an_option_is_there(option, cls, det, diffusion):
     for script, meant in (("train_cls", cls), ("train_det", det), ("train_diffusion", diffusion)):
         with refused(f"unknown option {option}", meant):
             import_module(script).build_parser().parse_recipe([option, "1"])
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "meant"),
+    [
+        ("train_det", "--data-dir", "is --data"),
+        ("train_det", "--eval-interval", "--evals-per-epoch"),
+        ("train_diffusion", "--evals-per-epoch", "--eval-interval"),
+        ("train_diffusion", "--epochs", "--updates"),
+    ],
+)
+def test_an_option_of_another_script_is_refused_with_ones_own(script, option, meant):
+    with refused(f"unknown option {option}", meant):
+        import_module(script).build_parser().parse_recipe([option, "1"])
 
 
 def test_a_parser_of_ones_own_reads_recipes_too(tmp_path):

@@ -81,20 +81,28 @@ def open_detection(
             with_train=with_train,
         )
     else:
-        if data:
-            folder = _find_folder(data, output)
-            located = {part: _locate_coco(folder, part) for part in needed}
-        elif all(path for part in needed for path in explicit[part]):
-            located = {part: (Path(explicit[part][0]), Path(explicit[part][1])) for part in needed}
-        else:
-            raise InputError(
-                "no data: --data FOLDER, or all of --train-images, --train-json, --val-images and --val-json"
-            )
+        located = _locate_parts(data, {part: explicit[part] for part in needed}, output)
         opened = {part: read_coco(images, file, fix_boxes=fix_boxes) for part, (images, file) in located.items()}
         train, val = opened.get("train"), opened["val"]
     if not any(len(boxes) for boxes in val.boxes):
         raise InputError(f"{val.where} has no boxes to report on")
     return train, val
+
+
+def _locate_parts(
+    data: str | None, explicit: dict[str, tuple[str | None, str | None]], output: Path
+) -> dict[str, tuple[Path, Path]]:
+    """The image folder and the annotation file of each part that `explicit` has a pair of paths for.
+
+    Raises:
+        InputError: there are none.
+    """
+    if data:
+        folder = _find_folder(data, output)
+        return {part: _locate_coco(folder, part) for part in explicit}
+    if not all(path for paths in explicit.values() for path in paths):
+        raise InputError("no data: --data FOLDER, or all of --train-images, --train-json, --val-images and --val-json")
+    return {part: (Path(images), Path(file)) for part, (images, file) in explicit.items()}
 
 
 def _find_folder(data: str, output: Path) -> Path:

@@ -16,8 +16,8 @@ WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 # where a checkpoint keeps its weights; a moving average comes before the weights that it averages
 PARTS = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema", "state_dict", "model_state_dict")
 PARTS += ("params", "model", "module", "net", "weights")
-LFS = b"version https://git-lfs"  # how the pointer begins that a clone has in place of a file
 PREFIXES = ("module.", "model.")  # of DistributedDataParallel and of AveragedModel, and of a Lightning module's model
+LFS = b"version https://git-lfs"  # how the pointer begins that a clone has in place of a file
 
 
 class Checkpoint(NamedTuple):
